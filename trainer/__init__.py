@@ -1,0 +1,1 @@
+"""lmworks, the training half: text in, model folder out. Export and serving live in `export`."""

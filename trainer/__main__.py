@@ -1,0 +1,74 @@
+"""The `lmworks` command: a table of verbs, each imported only when it is chosen.
+Every verb's work is in its own module; here are only arguments, exit codes and the one-message rule for errors."""
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from trainer.errors import Preempted, UserError
+from trainer.recipe_file import dump_recipe, load_recipe
+
+
+@dataclass(frozen=True)
+class Verb:
+    module: str
+    does: str
+    takes_recipe: bool = True
+
+
+VERBS = {
+    "run": Verb("trainer.chain", "run the whole chain of a recipe, skipping stages that are up to date"),
+    "prepare": Verb("trainer.prepare", "raw text to tokenizer and token shards"),
+    "pretrain": Verb("trainer.pretrain", "token shards to a language model"),
+    "distill": Verb("trainer.distill", "a large model to a small one"),
+    "export": Verb("export.export", "model folders to verified ONNX"),
+    "bench": Verb("export.bench", "latency, throughput, memory and quality of every backend"),
+    "report": Verb("export.report", "report.html, plots and model cards from what was measured"),
+    "doctor": Verb("trainer.doctor", "what this machine has, and what it is usable for", takes_recipe=False),
+    "schema": Verb("trainer.schema", "the recipe's JSON Schema, for editors", takes_recipe=False),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb; returns its exit code: 0 success, 1 failed gate, 2 user's error, 75 preempted."""
+    arguments = _parser().parse_args(argv)
+    verb = VERBS[arguments.verb]
+    try:
+        if not verb.takes_recipe:
+            importlib.import_module(verb.module).run()
+        elif arguments.dry_run:
+            recipe = load_recipe(arguments.recipe, arguments.overrides)
+            print(dump_recipe(recipe), end="")
+            print(f"# would: {verb.does}; run folder {recipe.run_dir}")
+        else:
+            importlib.import_module(verb.module).run(load_recipe(arguments.recipe, arguments.overrides))
+    except UserError as error:
+        print(f"lmworks {arguments.verb}: {error}", file=sys.stderr)
+        return error.exit_code
+    except Preempted as stop:
+        print(f"lmworks {arguments.verb}: {stop}", file=sys.stderr)
+        return stop.exit_code
+    return 0
+
+
+def stage_main(verb: str) -> None:
+    """Entry of `python -m trainer.<verb>` and `accelerate launch -m trainer.<verb>`."""
+    raise SystemExit(main([verb, *sys.argv[1:]]))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="lmworks", description="Raw text in, a compact served language model out.")
+    commands = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    for name, verb in VERBS.items():
+        command = commands.add_parser(name, help=verb.does, description=verb.does)
+        if verb.takes_recipe:
+            command.add_argument("recipe", help="a YAML file, or the name of a recipe that ships with lmworks")
+            command.add_argument("overrides", nargs="*", metavar="key=value", help="such as pretrain.max_steps=100")
+            command.add_argument("--dry-run", action="store_true", help="print the resolved recipe and what would happen")
+    return parser
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,320 @@
+"""The schema of a recipe: every key a user may write, with its type, bound, unit and meaning.
+Reading YAML and wording its errors is left to `recipe_file`; nothing here does I/O or imports torch."""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
+
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Share = Annotated[float, Field(gt=0.0, lt=1.0)]
+NonNegative = Annotated[float, Field(ge=0.0)]
+Positive = Annotated[float, Field(gt=0.0)]
+
+
+class Section(BaseModel):
+    """A part of a recipe. Unknown keys are errors, and nothing changes after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+
+
+# ---- prepare ---------------------------------------------------------------------------------------------------
+
+
+class Source(Section):
+    type: Literal["stdlib", "text", "jsonl", "parquet"]
+    """stdlib: the source files of Python's own standard library; the others read `paths`."""
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")] | None = None
+    """Name in reports and shard files; by default type and position, such as `text-1`."""
+    paths: tuple[str, ...] = ()
+    """Files, folders (searched through) and glob patterns; .gz .xz .zst .bz2 are opened as they are."""
+    text_field: str = "text"
+    """jsonl and parquet: the field that holds the text."""
+    document: Literal["file", "line", "block"] = "file"
+    """text: what one document is: a whole file, a line, or a block between blank lines."""
+    weight: Positive = 1.0
+    """How many times an epoch goes over this source; a fraction takes a fixed, hash-chosen part."""
+    split: Literal["hash", "train", "validation"] = "hash"
+    """hash: by document hash (see `validation_fraction`); else all documents go to the named split."""
+    on_bad_document: Literal["error", "skip"] = "error"
+    """A document that cannot be decoded or lacks its text field: stop, or count and report it."""
+
+    @model_validator(mode="after")
+    def _paths_fit_type(self) -> "Source":
+        if (self.type == "stdlib") == bool(self.paths):
+            raise ValueError("source type stdlib takes no paths; every other type needs at least one")
+        return self
+
+
+class Tokenizer(Section):
+    type: Literal["wordpiece", "byte_level_bpe", "unigram", "character"] | None = None
+    """The kind to train on the training split; leave out to load one from `path`."""
+    path: Path | None = None
+    """A tokenizer.json, a vocab.txt, a folder with vocab.json and merges.txt, or a model folder."""
+    vocab_size: Annotated[int, Field(ge=16, le=2**20)] = 8192
+    """Entries including special tokens. `character` takes what the text has and needs no size."""
+    lowercase: bool = False
+    """Fold case and strip accents, as the uncased BERT models do."""
+    max_training_mib: Positive = 256.0
+    """Text that the tokenizer is trained on, in MiB, taken in document-hash order."""
+
+    @model_validator(mode="after")
+    def _trained_or_loaded(self) -> "Tokenizer":
+        if (self.type is None) == (self.path is None):
+            raise ValueError("give either `type` (train one) or `path` (load one)")
+        return self
+
+
+class Prepare(Section):
+    """Raw text to tokenizer and token shards."""
+
+    sources: Annotated[tuple[Source, ...], Field(min_length=1)]
+    tokenizer: Tokenizer
+    validation_fraction: Share = 0.01
+    """Share of the documents of `split: hash` sources that are held out."""
+    deduplicate: bool = True
+    """Keep only the first of documents with equal text."""
+    min_document_characters: PositiveInt = 1
+    """Shorter documents are dropped and counted."""
+    max_shard_tokens: Annotated[int, Field(ge=1024)] = 2**28
+    """Tokens in one .bin file before the next is opened."""
+
+
+# ---- training --------------------------------------------------------------------------------------------------
+
+
+class Optim(Section):
+    name: Literal["adamw"] = "adamw"
+    backend: Literal["auto", "fused", "foreach"] = "auto"
+    """Implementation of torch.optim.AdamW; auto takes fused and says so."""
+    learning_rate: Positive = 1e-3
+    weight_decay: NonNegative = 0.01
+    """For matrices; biases, norms and other one-dimensional parameters are not decayed."""
+    beta1: Fraction = 0.9
+    beta2: Fraction = 0.98
+    epsilon: Positive = 1e-8
+
+
+class Schedule(Section):
+    name: Literal["constant", "linear", "cosine", "warmup_stable_decay"] = "linear"
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    decay_steps: PositiveInt | None = None
+    """warmup_stable_decay: length of the last, falling part."""
+    min_ratio: Fraction = 0.0
+    """Learning rate at the end as a part of the highest."""
+
+    @model_validator(mode="after")
+    def _decay_where_needed(self) -> "Schedule":
+        if (self.name == "warmup_stable_decay") != (self.decay_steps is not None):
+            raise ValueError("decay_steps belongs to warmup_stable_decay, which needs it")
+        return self
+
+
+class Training(Section):
+    """How optimizer steps are taken; the same for every stage that trains."""
+
+    max_steps: PositiveInt
+    global_batch_size: PositiveInt
+    """Sequences in one optimizer step, over all ranks and accumulated micro-batches."""
+    micro_batch_size: PositiveInt
+    """Sequences that one rank holds at once."""
+    optim: Optim = Optim()
+    schedule: Schedule = Schedule()
+    max_grad_norm: Positive | None = 1.0
+    """Gradients are scaled down to this norm; null: never."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """bf16: autocast; parameters, gradients and optimizer state stay fp32."""
+    gradient_checkpointing: bool = False
+    compile: bool = False
+    """torch.compile each transformer block."""
+    eval_every_steps: PositiveInt = 500
+    eval_sequences: PositiveInt | None = 1024
+    """Validation rows in one evaluation; null: all."""
+    log_every_steps: PositiveInt = 10
+    save_every_steps: PositiveInt = 500
+    keep_last: PositiveInt = 2
+    """Checkpoints kept; older ones are deleted after a newer one is committed."""
+    resume: bool = True
+    """Go on from the newest whole checkpoint; false: set existing ones aside and start at step 0."""
+
+    @model_validator(mode="after")
+    def _batch_divides(self) -> "Training":
+        if self.global_batch_size % self.micro_batch_size:
+            raise ValueError(
+                f"global_batch_size {self.global_batch_size} is not a multiple of micro_batch_size "
+                f"{self.micro_batch_size}; nearest: {nearest_multiples(self.global_batch_size, self.micro_batch_size)}"
+            )
+        if self.schedule.warmup_steps + (self.schedule.decay_steps or 0) > self.max_steps:
+            raise ValueError("schedule.warmup_steps + schedule.decay_steps exceed max_steps")
+        return self
+
+
+def nearest_multiples(value: int, of: int) -> str:
+    """The three multiples of `of` nearest to `value`, as text for a message."""
+    middle = max(2, round(value / of))
+    return ", ".join(str(of * factor) for factor in (middle - 1, middle, middle + 1))
+
+
+class MaskedLM(Section):
+    name: Literal["masked_lm"]
+    mlm_probability: Share = 0.15
+    """Share of tokens that are targets (80 % become [MASK], 10 % a random token, 10 % stay)."""
+    whole_word: bool = True
+    """Mask all pieces of a word together."""
+
+
+class CausalLM(Section):
+    name: Literal["causal_lm"]
+
+
+Objective = Annotated[MaskedLM | CausalLM, Field(discriminator="name")]
+
+
+class Data(Section):
+    sequence_length: Annotated[int, Field(ge=8)]
+    """Tokens in a row."""
+    packing: Literal["isolate", "concatenate"] = "isolate"
+    """isolate: documents share a row but see only themselves. concatenate (causal models): one long stream
+    cut into rows, as GPT-2 was trained."""
+
+
+class Model(Section):
+    architecture: str | None = None
+    """A transformers model type, such as bert, distilbert, roberta, modernbert, gpt2, llama."""
+    config: dict[str, Any] = {}
+    """Keys of that type's transformers config. Vocabulary and special tokens come from the tokenizer."""
+    init_from: Path | None = None
+    """Continue from this model folder; then `architecture` and `config` stay empty."""
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> "Model":
+        if (self.architecture is None) == (self.init_from is None):
+            raise ValueError("give either `architecture` (build new) or `init_from` (continue)")
+        if self.init_from is not None and self.config:
+            raise ValueError("`config` belongs to `architecture`; a model from `init_from` brings its own")
+        return self
+
+
+class Pretrain(Training):
+    """A language model from token shards."""
+
+    model: Model
+    objective: Objective
+    data: Data
+
+    @model_validator(mode="after")
+    def _concatenate_is_causal(self) -> "Pretrain":
+        if self.data.packing == "concatenate" and self.objective.name != "causal_lm":
+            raise ValueError("packing: concatenate is for causal_lm; masked_lm rows are packed with `isolate`")
+        return self
+
+
+class Student(Section):
+    architecture: str | None = None
+    """Model type; by default the teacher's."""
+    keep_layers: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] | None = None
+    """Teacher layers, counted from 0, that become the student's, with their weights."""
+    every: Annotated[int, Field(ge=2)] | None = None
+    """Take every k-th layer, beginning with the first."""
+    config: dict[str, Any] = {}
+    """A student of its own shape, from random weights: keys of its transformers config."""
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> "Student":
+        if sum([self.keep_layers is not None, self.every is not None, bool(self.config)]) != 1:
+            raise ValueError("give exactly one of `keep_layers`, `every` and `config`")
+        return self
+
+
+class DistillWeights(Section):
+    """DistilBERT's weights (Sanh et al. 2019, arXiv:1910.01108; the authors' training command): 5, 2, 1."""
+
+    soft: NonNegative = 5.0
+    """KL divergence to the teacher's distribution at `temperature`."""
+    hard: NonNegative = 2.0
+    """The teacher's own objective on the true targets."""
+    hidden: NonNegative = 1.0
+    """1 - cosine between the last hidden states of teacher and student."""
+
+
+class Distill(Training):
+    """A small model that imitates a large one, on the large one's data and objective."""
+
+    teacher: Path | None = None
+    """Model folder; by default the one of the pretrain stage."""
+    student: Student
+    temperature: Positive = 2.0
+    weights: DistillWeights = DistillWeights()
+    objective: Objective | None = None
+    """By default pretrain's."""
+    data: Data | None = None
+    """By default pretrain's."""
+
+
+# ---- export ----------------------------------------------------------------------------------------------------
+
+
+class Tolerance(Section):
+    """What an exported model may differ from its source, on tokens that are not padding."""
+
+    max_abs: Positive | None = None
+    """Largest absolute difference of an output."""
+    relative_rms: Positive | None = None
+    """Root mean square of the difference, relative to that of the source's output."""
+    min_top1: Fraction = 0.0
+    """Share of tokens whose highest logit is the same."""
+
+
+class Parity(Section):
+    """Shapes and thresholds of the gate. Lengths 1 and the model's maximum are always tried."""
+
+    fp32: Tolerance = Tolerance(max_abs=1e-3, relative_rms=1e-4, min_top1=0.999)
+    int8: Tolerance = Tolerance(relative_rms=0.15, min_top1=0.90)
+    shapes: tuple[tuple[PositiveInt, PositiveInt], ...] = ((1, 7), (3, 33), (4, 64), (8, 16))
+    """(batch, sequence) pairs beside the edge cases."""
+
+
+Precision = Literal["fp32", "int8"]
+
+
+class Export(Section):
+    """Model folders to verified ONNX."""
+
+    models: dict[str, Path | None] = {}
+    """Name to model folder. By default `teacher` (pretrain's) and `student` (distill's), as far as they exist."""
+    variants: Annotated[tuple[Precision, ...], Field(min_length=1)] = ("fp32", "int8")
+    opset: Annotated[int, Field(ge=18, le=23)] = 20
+    parity: Parity = Parity()
+
+
+Backend = Literal["eager", "compile", "onnx_fp32", "onnx_int8"]
+
+
+class Bench(Section):
+    """Speed, memory, size and quality of each model in each backend."""
+
+    backends: Annotated[tuple[Backend, ...], Field(min_length=1)] = ("eager", "compile", "onnx_fp32", "onnx_int8")
+    batch_sizes: tuple[PositiveInt, ...] = (1, 8)
+    sequence_lengths: tuple[PositiveInt, ...] = (32, 128)
+    threads: PositiveInt | None = None
+    """CPU threads for every backend; by default the number of physical cores."""
+    window_s: Positive = 1.0
+    """Length of one measuring window."""
+    max_windows: Annotated[int, Field(ge=3)] = 8
+    """A row whose last three windows never agree within `stability` after so many is marked unstable."""
+    stability: Share = 0.1
+    quality_sequences: PositiveInt = 256
+    """Validation rows on which quality is measured."""
+
+
+class Recipe(Section):
+    """The whole life of one model."""
+
+    run_dir: Path
+    """Where everything goes: `<run_dir>/<stage>/`."""
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    prepare: Prepare | None = None
+    pretrain: Pretrain | None = None
+    distill: Distill | None = None
+    export: Export | None = None
+    bench: Bench | None = None

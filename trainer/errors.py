@@ -1,0 +1,28 @@
+"""What a user sees when a run cannot go on: one message, one exit code, no traceback.
+It leaves the wording of each message to the place that found the problem."""
+
+EXIT_GATE_FAILED = 1
+EXIT_USER_ERROR = 2
+EXIT_PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: "try again later"
+
+
+class UserError(Exception):
+    """Something the user can mend: says what was found, what was needed and what to do."""
+
+    exit_code = EXIT_USER_ERROR
+
+    def __init__(self, found: str, needed: str = "", do: str = "") -> None:
+        parts = [found, f"Needed: {needed}" if needed else "", f"Do: {do}" if do else ""]
+        super().__init__("\n".join(part for part in parts if part))
+
+
+class GateFailed(UserError):
+    """A measured value missed its threshold, so the stage did not deliver."""
+
+    exit_code = EXIT_GATE_FAILED
+
+
+class Preempted(Exception):  # noqa: N818 - it is not an error: the run is saved and can go on
+    """All ranks agreed to stop at a signal and the state is saved: run the same command again."""
+
+    exit_code = EXIT_PREEMPTED

@@ -1,0 +1,1 @@
+"""What is minimised: callables `(model, batch) -> LossSum`. They know nothing of ranks, accumulation or optimizers."""
