@@ -318,3 +318,29 @@ class Recipe(Section):
     distill: Distill | None = None
     export: Export | None = None
     bench: Bench | None = None
+
+    def stage_dir(self, stage: str) -> Path:
+        """Folder of one stage's results."""
+        return self.run_dir / stage
+
+    @property
+    def data_dir(self) -> Path:
+        """Token shards and manifest, written by prepare."""
+        return self.stage_dir("prepare") / "data"
+
+    @property
+    def tokenizer_dir(self) -> Path:
+        """A tokenizer folder that transformers opens, written by prepare."""
+        return self.stage_dir("prepare") / "tokenizer"
+
+    def model_dir(self, stage: str) -> Path:
+        """ModelDir that a training stage wrote."""
+        return self.stage_dir(stage) / "model"
+
+    def exported_models(self) -> dict[str, Path]:
+        """Name to model folder of everything that export and bench look at."""
+        stages = {"teacher": "pretrain", "student": "distill"}
+        chosen = self.export.models if self.export and self.export.models else {
+            name: None for name, stage in stages.items() if getattr(self, stage) is not None
+        }
+        return {name: path or self.model_dir(stages.get(name, name)) for name, path in chosen.items()}
