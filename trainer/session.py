@@ -7,6 +7,7 @@ from pathlib import Path
 
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
 
 from trainer.artifact import content_hash, read_artifact, staging, write_artifact, write_json, write_text
 from trainer.config import Data, MaskedLM, Recipe, Training
@@ -42,6 +43,7 @@ class Session:
         self, recipe: Recipe, stage: str, training: Training, objective: ObjectiveConfig, data: Data
     ) -> None:
         watch_signals()
+        transformers_logging.disable_progress_bar()  # the run has one bar, its own
         self._began = time.perf_counter()
         self._recipe, self._stage, self._training, self._data = recipe, stage, training, data
         self._objective = objective

@@ -1,6 +1,8 @@
 """Runs a verb again and again, killing it with SIGKILL after each of the given delays, until it ends by itself.
 
-    python kill_many.py RECIPE VERB DELAY_S [DELAY_S ...]
+    python kill_many.py RECIPE VERB METRICS_FILE DELAY_S [DELAY_S ...]
+
+A delay counts from the moment the attempt first writes to METRICS_FILE, so that a slow machine moves no instant.
 
 Heavy imports happen once; each attempt is a fork, so that many instants can be tried in a minute.
 Prints one JSON object: exit code of the last attempt, and how many attempts were killed.
@@ -17,13 +19,19 @@ import trainer.pretrain
 from trainer.__main__ import main
 
 
-def attempt(recipe: str, verb: str, delay_s: float | None) -> int | None:
-    """Exit code of one attempt; None if it was killed after `delay_s`."""
+def size(path: str) -> int:
+    return os.path.getsize(path) if os.path.exists(path) else 0
+
+
+def attempt(recipe: str, verb: str, metrics: str, delay_s: float) -> int | None:
+    """Exit code of one attempt; None if it was killed `delay_s` after its first sign of life."""
+    before, deadline = size(metrics), float("inf")
     pid = os.fork()
     if pid == 0:
         os._exit(main([verb, recipe]))
-    deadline = time.monotonic() + delay_s if delay_s is not None else float("inf")
     while time.monotonic() < deadline:
+        if deadline == float("inf") and size(metrics) > before:
+            deadline = time.monotonic() + delay_s
         done, status = os.waitpid(pid, os.WNOHANG)
         if done:
             return os.waitstatus_to_exitcode(status)
@@ -34,10 +42,10 @@ def attempt(recipe: str, verb: str, delay_s: float | None) -> int | None:
 
 
 if __name__ == "__main__":
-    recipe, verb, *delays = sys.argv[1:]
+    recipe, verb, metrics, *delays = sys.argv[1:]
     killed, code = 0, None
-    for delay_s in [*map(float, delays), None]:
-        code = attempt(recipe, verb, delay_s)
+    for delay_s in [*map(float, delays), float("inf")]:
+        code = attempt(recipe, verb, metrics, delay_s)
         if code is not None:
             break
         killed += 1

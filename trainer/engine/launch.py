@@ -37,7 +37,7 @@ def _launcher_command() -> list[str]:
     except (AttributeError, psutil.Error):
         return []
     for index, word in enumerate(words[:4]):
-        if word == "launch" or word.endswith(("accelerate-launch", "accelerate/commands/launch.py")):
+        if word in ("launch", "accelerate.commands.launch") or word.endswith("accelerate-launch"):
             return words[index + 1 :]
     return []
 

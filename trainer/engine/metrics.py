@@ -135,7 +135,7 @@ class Log:
 
     def say(self, text: str) -> None:
         """A line for the user."""
-        self.console.print(text, markup=False, highlight=False)
+        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def event(self, event: str, step: int, **values: Any) -> None:
         """Append one object to metrics.jsonl and its numbers to TensorBoard."""
