@@ -91,6 +91,8 @@ def latency(found: Results) -> Figure | None:
         axes.margins(y=0.18)
     for axes in panels[len(shapes) :]:
         axes.set_axis_off()
+    if any(row["status"] == "unstable" and row.get("p50_ms") is not None for row in rows):
+        panels[0].bar([0], [0], color="white", edgecolor=_INK, hatch="///", label="unstable")
     panels[0].legend(frameon=False, fontsize=8)
     return figure
 
@@ -195,8 +197,7 @@ def _bars(axes: Axes, rows_of: dict[str, list[Row]], column: str) -> None:
             shaky = column == "p50_ms" and row["status"] != "ok"
             axes.bar(place, value, width * 0.94, color="white" if shaky else colour, edgecolor=colour,
                      hatch="///" if shaky else None, label=label)  # fmt: skip
-            text = f"{value:.3g}" + (f"\n{row['status']}" if shaky else "")
-            axes.annotate(text, (place, value), (0, 2), textcoords="offset points", ha="center", fontsize=7.5)
+            axes.annotate(f"{value:.3g}", (place, value), (0, 2), textcoords="offset points", ha="center", fontsize=7.5)
             label = "_again"  # matplotlib leaves labels with an underscore out of the legend
     axes.set_xticks(range(len(backends)), [backend.replace("_", " ") for backend in backends])
 
@@ -206,7 +207,8 @@ def _label_points(axes: Axes, points: Sequence[Row]) -> None:
     for index, point in enumerate(sorted(points, key=lambda p: (p["ms"], p["value"]))):
         offset, place = ((8, 5), "bottom") if index % 2 else ((8, -5), "top")
         text = f"{_plain(point['model'])} {point['backend'].replace('_', ' ')}"
-        axes.annotate(text, (point["ms"], point["value"]), offset, textcoords="offset points", fontsize=8, va=place)
+        axes.annotate(text, (point["ms"], point["value"]), offset, textcoords="offset points", fontsize=8, va=place,
+                      bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.75, "pad": 0.6})  # fmt: skip
 
 
 def _figure(columns: int, rows: int = 1, height: float = 4.0) -> tuple[Figure, list[Axes]]:
@@ -221,7 +223,7 @@ def _finish(axes: Axes, title: str, x_label: str, y_label: str) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color("#9aa1ab")
     axes.tick_params(colors=_INK, labelsize=8.5)
-    axes.yaxis.set_major_locator(MaxNLocator(nbins=6))
+    axes.yaxis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 2.5, 5, 10]))
     axes.grid(axis="y", color=_GRID, linewidth=0.8)
     axes.set_axisbelow(True)
 

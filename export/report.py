@@ -23,6 +23,7 @@ from trainer.recipe_file import dump_recipe
 
 TEMPLATES = Path(__file__).parent / "templates"
 _SHORT_HASH = 12
+_ONNX = " as ONNX"
 _NOT_MEASURED = "–"
 
 
@@ -66,6 +67,7 @@ def render(found: Results, summary: Row, pictures: dict[str, Path]) -> str:
         evaluations=evaluation_columns(found),
         proofs=list(proofs(found)),
         rows=[row | {"verified": is_verified(found, row)} for row in found.bench["rows"]] if found.bench else [],
+        reasons=reasons(found),
         front={(point["model"], point["backend"]) for point in pareto_front(points)},
         commands=commands(found),
         environments=environments(found),
@@ -80,7 +82,7 @@ def headline(summary: Row) -> list[tuple[str, str, str]]:
     """The large figures: name, value, what it means."""
     shape = f"batch {summary['batch_size']} × {summary['sequence_length']} tokens"
     shaky = "" if summary["stable"] in (True, None) else " · unstable, not to be relied on"
-    parameters = [number(summary[f"{name}_parameters"]) for name in STAGES]
+    parameters = [count(summary[f"{name}_parameters"]) for name in STAGES]
     speed_up = f"{summary['speedup']:.1f}×" if summary["speedup"] else _NOT_MEASURED
     backend = (summary["student_backend"] or "no verified backend").replace("_", " ")
     parity = {True: "passed", False: "missing or outdated", None: "not checked"}[summary["parity_passed"]]
@@ -138,7 +140,8 @@ def absent(found: Results) -> list[str]:
 
 def lineage(found: Results) -> list[Row]:
     """Every artifact of the run with its content hash, and what it was made from: name, hash, and whether that very
-    content still lies in this run folder (`here`), was given by path (`given`) or is there no more (`gone`)."""
+    content still lies in this run folder (`here`), was given by path (`given`) or is there no more (`gone`).
+    An export also names the model that it is `of`."""
     known = dict(_artifacts(found))
     hashes = {record["content_sha256"] for record in known.values()}
     steps = []
@@ -147,17 +150,23 @@ def lineage(found: Results) -> list[Row]:
             {"name": parent, "sha256": digest, "where": "here" if digest in hashes else _whence(found, name, parent)}
             for parent, digest in record["parents"].items()
         ]
-        about = record["about"]
-        size = f"{about['parameters']:,} parameters" if "parameters" in about else ""
-        steps.append({"name": name, "kind": record["kind"], "sha256": record["content_sha256"], "parents": parents,
-                      "note": size})  # fmt: skip
+        parameters = record["about"].get("parameters")
+        steps.append(
+            {
+                "name": name,
+                "of": name.removesuffix(_ONNX) if name.endswith(_ONNX) else "",
+                "sha256": record["content_sha256"],
+                "note": f"{count(parameters)} parameters" if parameters else "",
+                "parents": parents,
+            }
+        )
     return steps
 
 
 def _artifacts(found: Results) -> Iterator[tuple[str, Row]]:
     named = {"tokenizer": found.tokenizer, "token shards": found.data}
     named |= {name: one.artifact for name, one in found.trained.items()}
-    named |= {f"{name} as ONNX": record for name, record in found.exported.items()}
+    named |= {name + _ONNX: record for name, record in found.exported.items()}
     return ((name, record) for name, record in named.items() if record is not None)
 
 
@@ -168,7 +177,7 @@ def _whence(found: Results, name: str, parent: str) -> str:
         ("student", "teacher"): recipe.distill is not None and recipe.distill.teacher is not None,
     }
     if parent == "model" and recipe.export is not None:
-        given[name, parent] = recipe.export.models.get(name.removesuffix(" as ONNX")) is not None
+        given[name, parent] = recipe.export.models.get(name.removesuffix(_ONNX)) is not None
     return "given" if given.get((name, parent)) else "gone"
 
 
@@ -214,6 +223,16 @@ def proofs(found: Results) -> Iterator[Row]:
             metrics, limits = proof.get("metrics", {}), proof.get("thresholds", {})
             yield {"model": model, "backend": backend, "passed": found.verified[model, backend], "metrics": metrics,
                    "limits": limits}  # fmt: skip
+
+
+def reasons(found: Results) -> dict[str, list[str]]:
+    """Why benchmark rows are not ok: each reason once, with the status and the models and backends it is about."""
+    about: dict[str, list[str]] = {}
+    for row in found.bench["rows"] if found.bench else []:
+        who = f"{row['model']} {row['backend'].replace('_', ' ')} {row['status']}"
+        if row["status"] != "ok" and who not in about.setdefault(row.get("reason") or "no reason was recorded", []):
+            about[row.get("reason") or "no reason was recorded"].append(who)
+    return about
 
 
 def commands(found: Results) -> list[tuple[str, str]]:
@@ -286,6 +305,16 @@ def number(value: float | None, digits: int = 4) -> str:
     if isinstance(value, int) or abs(value) >= 1000:
         return f"{value:,.0f}"
     return f"{value:.{digits}g}"
+
+
+def count(value: int | None) -> str:
+    """A count in thousands, millions or billions with three digits, such as `11.2 M`."""
+    if value is None:
+        return _NOT_MEASURED
+    for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if value >= size:
+            return f"{value / size:#.3g} {unit}".replace(". ", " ")
+    return str(value)
 
 
 def percent(value: float | None) -> str:

@@ -59,7 +59,9 @@ def read_results(recipe: Recipe) -> Results:
     """Read the run folder of `recipe`; UserError if no stage has left anything there."""
     folder = recipe.run_dir
     export = recipe.stage_dir("export")
-    exported = {path.parent.name: read_artifact(path.parent) for path in sorted(export.glob(f"*/{ARTIFACT_FILE}"))}
+    folders = [path.parent for path in sorted(export.glob(f"*/{ARTIFACT_FILE}"))]
+    names = sorted((folder.name for folder in folders), key=lambda name: [*STAGES, name].index(name))
+    exported = {name: read_artifact(export / name) for name in names}
     found = Results(
         name=folder.resolve().name,
         recipe=recipe,
