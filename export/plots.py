@@ -199,6 +199,7 @@ def _bars(axes: Axes, rows_of: dict[str, list[Row]], column: str) -> None:
                      hatch="///" if shaky else None, label=label)  # fmt: skip
             axes.annotate(f"{value:.3g}", (place, value), (0, 2), textcoords="offset points", ha="center", fontsize=7.5)
             label = "_again"  # matplotlib leaves labels with an underscore out of the legend
+    axes.set_xlim(-0.6, len(backends) - 0.4)  # also where the outermost backends have no bar
     axes.set_xticks(range(len(backends)), [backend.replace("_", " ") for backend in backends])
 
 

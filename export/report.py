@@ -5,6 +5,7 @@ Reading the run folder is `results`' work, drawing `plots`', the cards' text `ca
 import base64
 import os
 import shlex
+import statistics
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -365,8 +366,7 @@ def _pair(summary: Row, figure: str, unit: str) -> str:
 
 
 def _median(values: list[float]) -> float | None:
-    ordered = sorted(values)
-    return ordered[len(ordered) // 2] if ordered else None
+    return statistics.median(values) if values else None
 
 
 if __name__ == "__main__":

@@ -70,7 +70,16 @@ def test_refused_and_failed_rows_have_no_bar_even_with_a_number(recipe):
     panel = plots.latency(read_results(recipe)).axes[1]
     assert [height for _, height in bars(panel)] == [12.0, 6.5, 8.0, 4.0, 3.0, 1.5]
     assert [text.get_text() for text in panel.texts].count("refused") == 2
+    places = [text.get_position()[0] for text in panel.texts if text.get_text() == "refused"]
+    assert all(panel.get_xlim()[0] < place < panel.get_xlim()[1] for place in places)
     assert [patch.get_hatch() for patch in panel.patches].count("///") == 1
+
+
+def test_statuses_of_the_outermost_backends_are_within_the_picture(recipe):
+    bench(recipe, lambda row: row.update(status="failed") if row["backend"] in ("eager", "onnx_int8") else None)
+    panel = plots.latency(read_results(recipe)).axes[0]
+    left, right = panel.get_xlim()
+    assert all(left < text.get_position()[0] < right for text in panel.texts)
 
 
 def test_no_picture_without_figures(tmp_path):

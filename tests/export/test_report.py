@@ -22,6 +22,7 @@ from synthetic_run import (
     write_metrics,
 )
 
+from export import plots
 from export.report import commands, duration, lineage, number, run, stage_command
 from export.results import read_metrics, read_results, summarize
 from trainer.artifact import content_hash, write_artifact
@@ -158,6 +159,17 @@ def test_the_chains_seconds_rule_where_it_ran(tmp_path):
     stages = {"prepare": {"seconds": 10.0, "skipped": True}, "pretrain": {"seconds": 120.0, "skipped": False}}
     (recipe.run_dir / "chain.json").write_text(json.dumps({"stages": stages}))
     assert summarize(read_results(recipe))["seconds"] == 180.0  # 10 + 120 of the chain, 50 of the stage itself
+
+
+def test_table_and_picture_give_the_same_median(tmp_path, capsys):
+    recipe = build(tmp_path / "demo", stages=("pretrain",))
+    rows = [{"event": "start", "step": 0}]
+    rows += [train_row(step, 5.0) | {"tokens_per_s": 100.0 * step} for step in (1, 2, 3, 4)]
+    write_metrics(recipe.stage_dir("pretrain"), rows)
+    _, page, _ = report(recipe, capsys)
+    assert "4,000 250 –" in text_of(page)
+    label = plots.throughput(read_results(recipe)).axes[0].get_legend_handles_labels()[1][0]
+    assert label == "teacher, median 250.0"
 
 
 # ---- what is not there -----------------------------------------------------------------------------------------
