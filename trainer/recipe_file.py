@@ -95,7 +95,9 @@ def _read_yaml(path: Path) -> CommentedMap:
 def _apply_override(tree: CommentedMap, override: str) -> tuple[Location, str]:
     key, equals, text = override.partition("=")
     if not equals or not key:
-        raise UserError(f"override {override!r} has no '='", "key.path=value, such as pretrain.optim.learning_rate=3e-4")
+        raise UserError(
+            f"override {override!r} has no '='", "key.path=value, such as pretrain.optim.learning_rate=3e-4"
+        )
     parts: Location = tuple(int(part) if part.isdigit() else part for part in key.split("."))
     try:
         value = YAML(typ="rt").load(text)
@@ -142,7 +144,9 @@ def _describe(
     dotted = ".".join(str(part) for part in location) or "the recipe"
     if problem["type"] == "extra_forbidden":
         close = difflib.get_close_matches(str(location[-1]), _keys_at(location[:-1], tree), n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(sorted(_keys_at(location[:-1], tree)))}"
+        hint = (
+            f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(sorted(_keys_at(location[:-1], tree)))}"
+        )
         return line, f"{where}: {dotted}: unknown key{hint}"
     message = problem["msg"].removeprefix("Value error, ")
     found = problem["input"]
@@ -186,11 +190,7 @@ def _keys_at(location: Location, tree: CommentedMap) -> list[str]:
     definitions = schema.get("$defs", {})
     options = [schema]
     for index, part in enumerate(location):
-        options = [
-            child
-            for option in options
-            for child in _expand(_schema_child(option, part), definitions)
-        ]
+        options = [child for option in options for child in _expand(_schema_child(option, part), definitions)]
         chosen = _at(tree, (*location[: index + 1], "name"))
         if chosen is not None:  # a union chosen by `name`: look only into the alternative that was chosen
             named = [o for o in options if o.get("properties", {}).get("name", {}).get("const") == chosen]

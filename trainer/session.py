@@ -29,6 +29,7 @@ from trainer.models import (
     count_parameters,
     decay_groups,
     load_tokenizer,
+    token_id,
     train_flops_per_token,
     transformer_layers,
 )
@@ -39,9 +40,7 @@ from trainer.recipe_file import dump_recipe, recipe_hash
 class Session:
     """One training stage of a recipe, from opened data to a finished model folder."""
 
-    def __init__(
-        self, recipe: Recipe, stage: str, training: Training, objective: ObjectiveConfig, data: Data
-    ) -> None:
+    def __init__(self, recipe: Recipe, stage: str, training: Training, objective: ObjectiveConfig, data: Data) -> None:
         watch_signals()
         transformers_logging.disable_progress_bar()  # the run has one bar, its own
         self._began = time.perf_counter()
@@ -163,7 +162,9 @@ class Session:
 
 def framing_for(tokenizer: PreTrainedTokenizerBase, causal: bool, row_length: int) -> Framing:
     """The special tokens that stand around documents: [CLS] and [SEP] for a masked LM, begin-of-sequence for causal."""
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (tokenizer.eos_token_id or 0)
+    pad = token_id(tokenizer, "pad")
+    if pad is None:
+        pad = token_id(tokenizer, "eos") or 0  # any id does: padding is seen by nobody and has no target
     if causal:
-        return Framing(row_length, True, tokenizer.bos_token_id, None, pad)
-    return Framing(row_length, False, tokenizer.cls_token_id, tokenizer.sep_token_id, pad)
+        return Framing(row_length, True, token_id(tokenizer, "bos"), None, pad)
+    return Framing(row_length, False, token_id(tokenizer, "cls"), token_id(tokenizer, "sep"), pad)
