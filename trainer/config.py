@@ -272,6 +272,8 @@ class Parity(Section):
     int8: Tolerance = Tolerance(relative_rms=0.15, min_top1=0.90)
     shapes: tuple[tuple[PositiveInt, PositiveInt], ...] = ((1, 7), (3, 33), (4, 64), (8, 16))
     """(batch, sequence) pairs beside the edge cases."""
+    max_length: PositiveInt = 1024
+    """The edge case of a model that takes longer inputs; costs memory of its square."""
 
 
 Precision = Literal["fp32", "int8"]
