@@ -32,6 +32,8 @@ def run(recipe: Recipe) -> None:
     models = recipe.exported_models()
     if not models:
         raise UserError("there is no model to export", "pretrain, distill or export.models", "name one in the recipe")
+    for folder in models.values():
+        read_spec(folder)  # refuse before the first model is worked on
     for name, folder in models.items():
         export_model(recipe, recipe.export, name, folder, load_documents(recipe, folder))
 
