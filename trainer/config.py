@@ -268,10 +268,12 @@ class Tolerance(Section):
 class Parity(Section):
     """Shapes and thresholds of the gate. Lengths 1 and the model's maximum are always tried."""
 
-    fp32: Tolerance = Tolerance(max_abs=1e-3, relative_rms=1e-4, min_top1=0.999)
-    int8: Tolerance = Tolerance(relative_rms=0.15, min_top1=0.90)
+    fp32: Tolerance = Tolerance(max_abs=1e-3, relative_rms=1e-5, min_top1=0.999)
+    int8: Tolerance = Tolerance(relative_rms=0.1, min_top1=0.90)
     shapes: tuple[tuple[PositiveInt, PositiveInt], ...] = ((1, 7), (3, 33), (4, 64), (8, 16))
     """(batch, sequence) pairs beside the edge cases."""
+    max_length: PositiveInt = 1024
+    """The edge case of a model that takes longer inputs; costs memory of its square."""
 
 
 Precision = Literal["fp32", "int8"]
