@@ -43,7 +43,8 @@ for kind in ("wordpiece", "byte_level_bpe", "unigram", "character"):
 
 
 def corpus(count: int = 60) -> list[str]:
-    words = "the cat sat on a mat and Zwei foo_bar(x) = 12 ende. ende 'I'll' naïve café 東京 \n\t \u3000".split(" ")
+    words = ["the", "cat", "sat", "on", "mat", "Zwei", "foo_bar(x)", "=", "12", "ende.", "'I'll'", "naïve", "café"]
+    words += ["a", "and", "ende", "東京", "\n\t", "\u3000"]
     choose = random.Random(0)
     return [" ".join(choose.choices(words, k=50)) for _ in range(count)]
 
@@ -222,7 +223,8 @@ def test_gpt2_loads_from_each_of_its_forms(shared_data, tmp_path):
     shutil.copy(folder / "gpt2-vocab.json", tmp_path / "vocab.json")
     shutil.copy(folder / "gpt2-merges.txt", tmp_path / "merges.txt")
     original = GPT2Tokenizer.from_pretrained(tmp_path)
-    lines = (shared_data / "wikitext-2" / "valid.txt").read_text().split("\n")[:500] + [HARD_TEXT]
+    lines = (shared_data / "wikitext-2" / "valid.txt").read_text().split("\n")[:500]
+    lines.append(HARD_TEXT)
     for path in (folder / "gpt2-tokenizer.json", tmp_path):
         loaded = load_tokenizer(TokenizerConfig(path=path))
         assert loaded(lines)["input_ids"] == original(lines)["input_ids"]
