@@ -39,7 +39,7 @@ class BrokenFileError(Exception):
 def chunks(path: Path) -> Iterator[bytes]:
     """The content of a file in pieces, decompressed by its suffix, without a leading byte order mark.
 
-    Raises BrokenFileError at the place where a compressed file is damaged or ends too early, after everything before it.
+    Raises BrokenFileError where a compressed file is damaged or ends too early, after giving out what comes before.
     """
     make = _DECOMPRESSORS.get(path.suffix.lower())
     content = _blocks(path) if make is None else _decompressed(path, make)

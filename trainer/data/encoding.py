@@ -39,18 +39,19 @@ def write_shards(
     of how many. The tokenizer is measured on the validation split, which it was not trained on. UserError when a split
     has no tokens.
     """
-    splits = {split: SplitCounts() for split in SPLITS}
-    quality = TokenizerQuality(tokenizer.unk_token_id)
-    total, done = sum(source.documents_kept for source in corpus.sources), 0
-    for split, index, text, ids in _encoded(corpus, tokenizer, prepare.max_shard_tokens, folder, splits):
-        done += 1
+    splits: dict[Split, SplitCounts] = {split: SplitCounts() for split in SPLITS}
+    quality = TokenizerQuality(_single(tokenizer.unk_token_id))
+    total = sum(source.documents_kept for source in corpus.sources)
+    documents = _encoded(corpus, tokenizer, prepare.max_shard_tokens, folder, splits)
+    for done, (split, index, text, ids) in enumerate(documents, start=1):
         after_document(done, total)
         if not ids:
             corpus.sources[index].documents_kept -= 1
             corpus.sources[index].dropped["no_tokens"] += 1
         elif split == "validation":
             quality.add(text, ids)
-    require_both_splits({split: counts.documents for split, counts in splits.items()}, corpus.sources)
+    amounts: dict[Split, int] = {split: counts.documents for split, counts in splits.items()}
+    require_both_splits(amounts, corpus.sources)
     return {
         "vocab_size": len(tokenizer),
         "end_of_document": tokenizer.eos_token_id,
@@ -69,7 +70,8 @@ def _encoded(
 ) -> Iterator[tuple[Split, int, str, list[int]]]:
     """Write every document; give out its split, source, text and ids (without the end of document)."""
     backend = encoding_backend(tokenizer)
-    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    end_id = _single(tokenizer.eos_token_id)
+    end = [] if end_id is None else [end_id]
     for split, counts in splits.items():
         for index, source in enumerate(corpus.sources):
             writer = ShardWriter(folder / split, source.name, len(tokenizer), max_shard_tokens)
@@ -83,6 +85,12 @@ def _encoded(
                 yield split, index, text, ids
             writer.close()
             counts.shards += [_shard_entry(shard, folder, source.name) for shard in writer.shards]
+
+
+def _single(token_id: Any) -> int | None:
+    # transformers types it as anything; only several extra special tokens would be a list.
+    assert token_id is None or isinstance(token_id, int)
+    return token_id
 
 
 def _shard_entry(shard: Shard, folder: Path, source: str) -> dict[str, Any]:

@@ -29,8 +29,8 @@ _PROBE = "Hello, World! 12 + 3.5\n    def naïve(x):\treturn 'Ärger' # 東京  
 def train_tokenizer(config: TokenizerConfig, texts: Texts) -> PreTrainedTokenizerFast:
     """Train a tokenizer of kind `config.type` on the text. Same text, same bytes.
 
-    wordpiece has BERT's special tokens and puts [CLS] and [SEP] around a text; the others have RoBERTa's and put nothing
-    around it, because a causal model must be able to go on where the text ends. UserError: see `tokenizer_training`.
+    wordpiece has BERT's special tokens and puts [CLS] and [SEP] around a text. The others have RoBERTa's, and nothing
+    around a text, because a causal model must be able to go on where it ends. Raises UserError as `train` does.
     """
     roles = BERT_SPECIALS if config.type == "wordpiece" else ROBERTA_SPECIALS
     return _checked(_wrap(train(config, texts), roles), f"the trained {config.type} tokenizer")
@@ -136,20 +136,17 @@ def _known_file(folder: Path) -> Path:
 
 
 def _open(path: Path, lowercase: bool) -> PreTrainedTokenizerFast:
-    # tokenizers raises bare Exception for a file it cannot parse; so do its model readers.
+    if path.suffix == ".txt":
+        return _open_wordpiece(path, lowercase)
     try:
         if path.name == _CONFIG_FILE:
             return AutoTokenizer.from_pretrained(path.parent, local_files_only=True)
-        if path.suffix == ".txt":
-            return _open_wordpiece(path, lowercase)
         if path.name == "vocab.json":
             merges = path.with_name("merges.txt")
             backend = byte_level_pipeline(models.BPE.from_file(str(path), str(merges)))
         else:
             backend = Tokenizer.from_file(str(path))
-    except UserError:
-        raise
-    except Exception as error:
+    except Exception as error:  # tokenizers raises bare Exception for a file that it cannot parse
         raise UserError(f"{path} cannot be opened as a tokenizer: {error}", "a tokenizer that loads") from error
     return _wrap(backend, _roles(backend, path))
 

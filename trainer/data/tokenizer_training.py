@@ -1,4 +1,4 @@
-"""Trains tokenizers so that the same text gives the same bytes on every run: wordpiece, byte_level_bpe, unigram, character.
+"""Trains tokenizers (wordpiece, byte_level_bpe, unigram, character), to the same bytes on every run with the same text.
 Which text they see, and how the result is wrapped and saved, is left to `tokenizer`."""
 
 import json
@@ -89,7 +89,7 @@ def _wordpiece(config: TokenizerConfig, texts: Texts) -> Tokenizer:
     specials = specials_of("wordpiece")
     draft = bert_pipeline({token: index for index, token in enumerate(specials)}, config.lowercase)
     room = (config.vocab_size - len(specials)) // 2  # a character can need two entries: x and ##x
-    alphabet = [character for character in _alphabet(_normalized(draft, texts()), room) if not character.isspace()]
+    alphabet = [each for each in _alphabet(_character_counts(draft, texts()), room) if not each.isspace()]
 
     def trained(first: list[str], size: int) -> dict[str, int]:
         draft.train_from_iterator(
@@ -128,16 +128,16 @@ def _byte_level_bpe(config: TokenizerConfig, texts: Texts) -> Tokenizer:
 
 
 def _unigram(config: TokenizerConfig, texts: Texts) -> Tokenizer:
-    """The library is asked for a tenth more pieces than needed, and the last cut is made here: its own is decided by
-    noise where pieces are equally likely."""
+    """The library is asked for more pieces than needed, and the last cut is made here: its own is decided by noise
+    where pieces are equally likely."""
     specials = specials_of("unigram")
     room = config.vocab_size - len(specials)
     draft = _unigram_pipeline([(token, 0.0) for token in specials], config.lowercase)
-    alphabet = {
-        "▁" if character == " " else character for character in _alphabet(_normalized(draft, texts()), room // 2)
-    }
+    counts = _character_counts(draft, texts())
+    alphabet = {each.replace(" ", "▁") for each in _alphabet(counts, room // 2)}
     trainer = trainers.UnigramTrainer(
-        vocab_size=config.vocab_size + max(config.vocab_size // 10, 1),
+        # It keeps every character, also those that are cut away here, and refuses a size that they do not fit into.
+        vocab_size=config.vocab_size + max(config.vocab_size // 10, 1) + len(counts),
         special_tokens=specials,
         unk_token="<unk>",
         initial_alphabet=sorted(alphabet),
@@ -181,7 +181,7 @@ def _character(config: TokenizerConfig, texts: Texts) -> Tokenizer:
     specials = specials_of("character")
     tokenizer = Tokenizer(models.BPE())
     _set_folding(tokenizer, config.lowercase)
-    characters = sorted(set().union(*map(set, _normalized(tokenizer, texts()))))
+    characters = sorted(_character_counts(tokenizer, texts()))
     vocab = {token: index for index, token in enumerate(specials + characters)}
     tokenizer.model = models.BPE(vocab=vocab, merges=[], unk_token="<unk>", cache_capacity=0)
     tokenizer.decoder = decoders.Fuse()
@@ -199,14 +199,18 @@ def _normalized(tokenizer: Tokenizer, texts: Iterable[str]) -> Iterable[str]:
     return texts if normalizer is None else map(normalizer.normalize_str, texts)
 
 
-def _alphabet(texts: Iterable[str], room: int) -> list[str]:
+def _character_counts(tokenizer: Tokenizer, texts: Iterable[str]) -> Counter[str]:
+    counts: Counter[str] = Counter()
+    for text in _normalized(tokenizer, texts):
+        counts.update(text)
+    return counts
+
+
+def _alphabet(counts: Counter[str], room: int) -> list[str]:
     """The most frequent characters that cover `_CHARACTER_COVERAGE` of the text, at most `room`, by code point.
 
     The library can limit the alphabet itself, but drops equally rare characters in the order of a hash map.
     """
-    counts: Counter[str] = Counter()
-    for text in texts:
-        counts.update(text)
     wanted, covered, chosen = _CHARACTER_COVERAGE * counts.total(), 0, []
     for character, count in sorted(counts.items(), key=lambda entry: (-entry[1], entry[0])):
         if covered >= wanted or len(chosen) >= room:
