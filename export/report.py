@@ -13,7 +13,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from rich.console import Console
 
 from export.card import write_cards
-from export.plots import draw_all, pareto_front, quality_points
+from export.plots import LOWER_IS_BETTER, draw_all, pareto_front, quality_points
 from export.results import STAGES, Results, Row, Trained, is_verified, read_results, summarize
 from trainer.__main__ import stage_main
 from trainer.artifact import staging, write_json, write_text
@@ -87,7 +87,7 @@ def headline(summary: Row) -> list[tuple[str, str, str]]:
     backend = (summary["student_backend"] or "no verified backend").replace("_", " ")
     parity = {True: "passed", False: "missing or outdated", None: "not checked"}[summary["parity_passed"]]
     return [
-        ("Speed-up", speed_up, f"student in {backend} against teacher in eager PyTorch, {shape}{shaky}"),
+        ("Speed-up", speed_up, f"student in {backend} against teacher in eager PyTorch, {shape}{kept(summary)}{shaky}"),
         ("Median latency", _pair(summary, "latency_ms", " ms"), f"teacher eager → student {backend}, {shape}{shaky}"),
         ("Validation loss", _pair(summary, "loss", ""), "teacher → student, nats per target token"),
         ("Parameters", " → ".join(parameters), "teacher → student" + share(summary, "parameters")),
@@ -339,6 +339,18 @@ def share(summary: Row, figure: str) -> str:
     """The student's part of the teacher's figure, as a remark."""
     teacher, student = (summary[f"{name}_{figure}"] for name in STAGES)
     return f" ({student / teacher:.0%})" if teacher and student is not None else ""
+
+
+def kept(summary: Row) -> str:
+    """What the student keeps of the teacher's quality, as a remark."""
+    quality = summary["quality"] or {}
+    teacher, student = quality.get("teacher"), quality.get("student")
+    if not teacher or student is None:
+        return ""
+    name = quality["metric"].replace("_", " ")
+    if quality["metric"] in LOWER_IS_BETTER:
+        return f", {name} {number(teacher)} → {number(student)}"
+    return f", at {student / teacher:.1%} of its {name}"
 
 
 def _pair(summary: Row, figure: str, unit: str) -> str:

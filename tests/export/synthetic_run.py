@@ -1,4 +1,4 @@
-"""A finished run folder without a run: files as the stages write them, with numbers that a test can work out by hand."""
+"""A finished run folder without a run: files as the stages write them, with numbers to work out by hand."""
 
 import json
 from pathlib import Path
@@ -164,7 +164,8 @@ def bench_report():
         for batch, length, factor in ((1, 32, 0.3), (1, 128, 1.0), (8, 128, 7.0)):
             mib = MIB.get((model, backend), MIB[model, "torch"])
             rows.append({"model": model, "backend": backend, "batch_size": batch, "sequence_length": length,
-                         "threads": 2, "status": "ok", "reason": "", "p50_ms": p50 * factor, "p90_ms": p50 * factor * 1.1,
+                         "threads": 2, "status": "ok", "reason": "", "p50_ms": p50 * factor,
+                         "p90_ms": p50 * factor * 1.1,
                          "p99_ms": p50 * factor * 1.3, "samples_per_s": 1000 * batch / (p50 * factor),
                          "real_tokens_per_s": 1000 * batch * length / (p50 * factor), "peak_memory_mib": 300.0,
                          "file_mib": mib, "cpu_share": 0.98, "windows": 4})  # fmt: skip

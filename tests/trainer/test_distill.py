@@ -70,7 +70,8 @@ def test_the_teacher_does_not_change(with_teacher):
 
 def test_a_student_of_its_own_shape(with_teacher, capfd):
     path = with_teacher()
-    narrow = "distill.student={config: {hidden_size: 16, num_hidden_layers: 1, num_attention_heads: 2, intermediate_size: 32}}"
+    shape = "{hidden_size: 16, num_hidden_layers: 1, num_attention_heads: 2, intermediate_size: 32}"
+    narrow = f"distill.student={{config: {shape}}}"
     assert main(["distill", str(path), narrow]) == 2
     assert "distill.weights.hidden=0" in capfd.readouterr().err
     assert main(["distill", str(path), narrow, "distill.weights.hidden=0"]) == 0

@@ -4,7 +4,6 @@ After a change that is meant to move them:  python tests/trainer/test_golden.py
 """
 
 import json
-import tempfile
 from pathlib import Path
 
 import pytest
@@ -29,7 +28,13 @@ def trace(recipe_path: Path) -> dict:
     }
 
 
-SETTINGS = {"max_steps": 50, "eval_every_steps": 50, "save_every_steps": 50, "global_batch_size": 8, "micro_batch_size": 4}
+SETTINGS = {
+    "max_steps": 50,
+    "eval_every_steps": 50,
+    "save_every_steps": 50,
+    "global_batch_size": 8,
+    "micro_batch_size": 4,
+}
 
 
 @pytest.mark.parametrize("architecture", ["bert", "gpt2"])
