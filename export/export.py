@@ -105,7 +105,8 @@ def _tell(what: str, file: Path, passed: dict[str, Any]) -> None:
     metrics = passed["metrics"]
     Console(highlight=False).print(
         f"{what}: {file.stat().st_size / 2**20:.1f} MiB; parity holds in {metrics['cases']} cases: max_abs "
-        f"{metrics['max_abs']:.2g}, relative_rms {metrics['relative_rms']:.2g}, top-1 {metrics['top1']:.2%}"
+        f"{metrics['max_abs']:.2g}, relative_rms {metrics['relative_rms']:.2g}, top-1 {metrics['top1']:.2%}",
+        soft_wrap=True,
     )
 
 

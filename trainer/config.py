@@ -300,13 +300,15 @@ class Bench(Section):
     sequence_lengths: tuple[PositiveInt, ...] = (32, 128)
     threads: PositiveInt | None = None
     """CPU threads for every backend; by default the number of physical cores."""
-    window_s: Positive = 1.0
-    """Length of one measuring window."""
-    max_windows: Annotated[int, Field(ge=3)] = 8
-    """A row whose last three windows never agree within `stability` after so many is marked unstable."""
+    window_s: Positive = 0.3
+    """Length of one measuring window, and of the warm-up before the first; at least three calls."""
+    max_windows: Annotated[int, Field(ge=3)] = 10
+    """A row whose last three windows never agree within `stability` after so many is marked unstable, and so is one
+    for which others had the CPU in so many."""
     stability: Share = 0.1
+    """Largest minus smallest median of the three, relative to the middle one."""
     quality_sequences: PositiveInt = 256
-    """Validation rows on which quality is measured."""
+    """Validation rows (pieces of one document) on which quality is measured, at the longest `sequence_lengths`."""
 
 
 class Recipe(Section):
