@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
-from export.results import STAGES, Results, Row, Trained, compared_shape, is_verified, rows_at
+from export.results import STAGES, Results, Row, Trained, compared_shape, is_verified, measured, rows_at
 
 _COLOURS = {"teacher": "#33508a", "student": "#d1600a"}
 _OTHER_COLOURS = ("#4d8057", "#8a4f7d", "#6b6b6b", "#a08420")
@@ -80,7 +80,7 @@ def latency(found: Results) -> Figure | None:
     """Median latency of each model in each backend, one panel for each (batch, sequence) of the grid."""
     rows = found.bench["rows"] if found.bench else []
     shapes = sorted({(row["batch_size"], row["sequence_length"]) for row in rows})
-    if not any(row.get("p50_ms") is not None for row in rows):
+    if not any(measured(row, "p50_ms") is not None for row in rows):
         return None
     columns = min(2, len(shapes))
     figure, panels = _figure(columns, -(-len(shapes) // columns), height=3.1)
@@ -91,7 +91,7 @@ def latency(found: Results) -> Figure | None:
         axes.margins(y=0.18)
     for axes in panels[len(shapes) :]:
         axes.set_axis_off()
-    if any(row["status"] == "unstable" and row.get("p50_ms") is not None for row in rows):
+    if any(row["status"] == "unstable" and measured(row, "p50_ms") is not None for row in rows):
         panels[0].bar([0], [0], color="white", edgecolor=_INK, hatch="///", label="unstable")
     panels[0].legend(frameon=False, fontsize=8)
     return figure
@@ -124,7 +124,7 @@ def quality(found: Results) -> Figure | None:
 def size(found: Results) -> Figure | None:
     """Bytes on disk that each backend loads."""
     rows = found.bench["rows"] if found.bench else []
-    firsts = {(row["model"], row["backend"]): row for row in reversed(rows) if row.get("file_mib") is not None}
+    firsts = {(row["model"], row["backend"]): row for row in reversed(rows) if measured(row, "file_mib") is not None}
     if not firsts:
         return None
     figure, (axes,) = _figure(1, height=3.2)
@@ -189,7 +189,7 @@ def _bars(axes: Axes, rows_of: dict[str, list[Row]], column: str) -> None:
         shift = (index - (len(rows_of) - 1) / 2) * width
         colour, label = _colour(model), _plain(model)
         for row in rows:
-            place, value = backends.index(row["backend"]) + shift, row.get(column)
+            place, value = backends.index(row["backend"]) + shift, measured(row, column)
             if value is None:
                 axes.annotate(row["status"], (place, 0), (0, 3), textcoords="offset points", rotation=90,
                               ha="center", va="bottom", fontsize=7, color=colour)  # fmt: skip

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from export.card import write_cards
 from export.plots import LOWER_IS_BETTER, draw_all, pareto_front, quality_points
-from export.results import STAGES, Results, Row, Trained, is_verified, read_results, summarize
+from export.results import STAGES, Results, Row, Trained, is_verified, measured, read_results, summarize
 from trainer.__main__ import stage_main
 from trainer.artifact import staging, write_json, write_text
 from trainer.config import Recipe
@@ -54,7 +54,13 @@ def render(found: Results, summary: Row, pictures: dict[str, Path]) -> str:
     inlined = {name: base64.b64encode(path.read_bytes()).decode() for name, path in pictures.items()}
     environment = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined,
                               trim_blocks=True, lstrip_blocks=True)  # fmt: skip
-    environment.filters |= {"number": number, "percent": percent, "duration": duration, "short": short}
+    environment.filters |= {
+        "number": number,
+        "percent": percent,
+        "duration": duration,
+        "short": short,
+        "measured": measured,
+    }
     points = quality_points(found)
     return environment.get_template("report.html").render(
         found=found,

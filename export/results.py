@@ -141,9 +141,14 @@ def is_verified(found: Results, row: Row) -> bool:
     return row["backend"] in _SOURCE_BACKENDS or found.verified.get((row["model"], row["backend"]), False)
 
 
+def measured(row: Row, column: str) -> float | None:
+    """A figure of a benchmark row; None where the row was refused or failed, whatever it holds."""
+    return row.get(column) if row["status"] in ("ok", "unstable") else None
+
+
 def fastest(found: Results, rows: Iterable[Row]) -> Row | None:
     """The verified row of lowest median latency; an unstable one only where no stable one is."""
-    timed = [row for row in rows if row.get("p50_ms") is not None and is_verified(found, row)]
+    timed = [row for row in rows if measured(row, "p50_ms") is not None and is_verified(found, row)]
     for status in ("ok", "unstable"):
         chosen = [row for row in timed if row["status"] == status]
         if chosen:

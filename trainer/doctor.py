@@ -45,11 +45,11 @@ class Finding:
 # Needed by some stage: package on PyPI, what is imported, what it is for.
 CORE = {
     "torch": ("torch", "training"),
-    "transformers": ("transformers.modeling_utils", "models, tokenizers"),
+    "transformers": ("transformers.configuration_utils", "models, tokenizers"),
     "accelerate": ("accelerate", "training on several ranks"),
     "tokenizers": ("tokenizers", "prepare"),
     "safetensors": ("safetensors", "model folders"),
-    "tensorboard": ("torch.utils.tensorboard", "training logs"),
+    "tensorboard": ("tensorboard.summary.writer.event_file_writer", "training logs"),
     "onnx": ("onnx", "export"),
     "onnxscript": ("onnxscript", "export"),
     "matplotlib": ("matplotlib.figure", "report"),
