@@ -1,6 +1,6 @@
 """The loss does not drift: 50 steps of a tiny masked and a tiny causal run against losses kept in tests/golden/.
 
-After a change that is meant to move them:  python tests/trainer/test_golden.py
+After a change that is meant to move them:  pytest tests/trainer/test_golden.py --write-golden
 """
 
 import json
@@ -38,7 +38,10 @@ SETTINGS = {
 
 
 @pytest.mark.parametrize("architecture", ["bert", "gpt2"])
-def test_losses_are_the_golden_ones(written_recipe, architecture):
+def test_losses_are_the_golden_ones(written_recipe, architecture, pytestconfig):
+    if pytestconfig.getoption("--write-golden"):
+        path = GOLDEN / f"tiny-{architecture}.json"
+        path.write_text(json.dumps(trace(written_recipe(architecture, "new", **SETTINGS)), indent=1) + "\n")
     golden = json.loads((GOLDEN / f"tiny-{architecture}.json").read_text())  # a missing golden fails
     seen = trace(written_recipe(architecture, **SETTINGS))
     assert seen["tokens"] == golden["tokens"]
