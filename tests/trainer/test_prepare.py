@@ -85,7 +85,8 @@ killed = []
 for fresh, events in ((True, fresh_events), (False, over_events)):
     renames = [i for i, event in enumerate(events) if event == "os.rename"]
     spread = [round(i * (len(events) - 1) / (instants - 1)) for i in range(instants)]
-    for instant in sorted({*renames, *spread}):
+    first_of_kind = [events.index(event) for event in set(events)]
+    for instant in sorted({*renames, *spread, *first_of_kind}):
         run_dir = f"{root}/{'fresh' if fresh else 'over'}-{instant}"
         if not fresh:
             child(run_dir, overrides=OLD)
