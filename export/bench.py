@@ -227,7 +227,12 @@ def describe_machine(threads: int) -> dict[str, Any]:
 def show(report: dict[str, Any]) -> None:
     """Print the report as a table, then why rows are without figures, then quality."""
     console = Console(highlight=False, soft_wrap=True)
-    table = Table(box=SIMPLE_HEAD, caption=f"{report['machine']['cpu']}, {report['machine']['threads']} threads")
+    table = Table(
+        box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
+        caption=f"{report['machine']['cpu']}, {report['machine']['threads']} threads",
+    )
     for column in ("model", "backend", "batch"):
         table.add_column(column, no_wrap=True)
     for column, _, _ in _COLUMNS:
