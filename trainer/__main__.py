@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from trainer.engine.launch import ensure_ranks, leave
 from trainer.errors import Preempted, UserError
 from trainer.recipe_file import dump_recipe, load_recipe
 
@@ -55,7 +56,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def stage_main(verb: str) -> None:
     """Entry of `python -m trainer.<verb>` and `accelerate launch -m trainer.<verb>`."""
-    raise SystemExit(main([verb, *sys.argv[1:]]))
+    ensure_ranks()
+    leave(main([verb, *sys.argv[1:]]))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -66,9 +68,12 @@ def _parser() -> argparse.ArgumentParser:
         if verb.takes_recipe:
             command.add_argument("recipe", help="a YAML file, or the name of a recipe that ships with lmworks")
             command.add_argument("overrides", nargs="*", metavar="key=value", help="such as pretrain.max_steps=100")
-            command.add_argument("--dry-run", action="store_true", help="print the resolved recipe and what would happen")
+            command.add_argument(
+                "--dry-run", action="store_true", help="print the resolved recipe and what would happen"
+            )
     return parser
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    ensure_ranks()
+    leave(main())

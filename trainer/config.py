@@ -344,7 +344,9 @@ class Recipe(Section):
     def exported_models(self) -> dict[str, Path]:
         """Name to model folder of everything that export and bench look at."""
         stages = {"teacher": "pretrain", "student": "distill"}
-        chosen = self.export.models if self.export and self.export.models else {
-            name: None for name, stage in stages.items() if getattr(self, stage) is not None
-        }
+        chosen = (
+            self.export.models
+            if self.export and self.export.models
+            else {name: None for name, stage in stages.items() if getattr(self, stage) is not None}
+        )
         return {name: path or self.model_dir(stages.get(name, name)) for name, path in chosen.items()}

@@ -1,0 +1,267 @@
+"""Reads a run folder: what each stage measured, and the figures that are drawn from it.
+How they are shown is left to `report`, `plots` and `card`; nothing here is written, and nothing absent is made up."""
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from trainer.artifact import ARTIFACT_FILE, hash_file, read_artifact
+from trainer.config import Recipe
+from trainer.errors import UserError
+
+Row = dict[str, Any]
+STAGES = {"teacher": "pretrain", "student": "distill"}
+_SOURCE_BACKENDS = ("eager", "compile")  # torch itself; the others need evidence of parity
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """metrics.jsonl without what later attempts did again. `unreadable` counts lines that a crash cut short."""
+
+    train: list[Row] = field(default_factory=list)
+    eval: list[Row] = field(default_factory=list)
+    seconds: float | None = None  # wall time of the last attempt
+    resumed_at: tuple[int, ...] = ()
+    unreadable: int = 0
+
+
+@dataclass(frozen=True)
+class Trained:
+    """One training stage: its metrics, and what it said about itself."""
+
+    name: str
+    stage: str
+    metrics: Metrics
+    artifact: Row | None
+    environment: Row
+    launch: Row
+
+
+@dataclass(frozen=True)
+class Results:
+    """All that a run folder holds. Parts that are not there are None or empty."""
+
+    name: str
+    recipe: Recipe
+    manifest: Row | None
+    data: Row | None
+    tokenizer: Row | None
+    trained: dict[str, Trained]
+    exported: dict[str, Row]
+    verified: dict[tuple[str, str], bool]  # (model, backend) of each ONNX file that is there
+    bench: Row | None
+    chain: Row
+
+
+def read_results(recipe: Recipe) -> Results:
+    """Read the run folder of `recipe`; UserError if no stage has left anything there."""
+    folder = recipe.run_dir
+    export = recipe.stage_dir("export")
+    folders = [path.parent for path in sorted(export.glob(f"*/{ARTIFACT_FILE}"))]
+    names = sorted((folder.name for folder in folders), key=lambda name: [*STAGES, name].index(name))
+    exported = {name: read_artifact(export / name) for name in names}
+    found = Results(
+        name=folder.resolve().name,
+        recipe=recipe,
+        manifest=_json(recipe.data_dir / "manifest.json"),
+        data=_artifact(recipe.data_dir),
+        tokenizer=_artifact(recipe.tokenizer_dir),
+        trained={name: one for name, stage in STAGES.items() if (one := _trained(recipe, name, stage))},
+        exported=exported,
+        verified={pair: good for name, record in exported.items() for pair, good in _proofs(name, record, export)},
+        bench=_json(recipe.stage_dir("bench") / "report.json"),
+        chain=(_json(folder / "chain.json") or {}).get("stages", {}),
+    )
+    if not (found.data or found.trained or found.exported or found.bench):
+        raise UserError(f"{folder} has no results", "at least one finished stage", "lmworks run RECIPE")
+    return found
+
+
+def read_metrics(path: Path) -> Metrics:
+    """metrics.jsonl in the order of steps; rows that a resumed or restarted attempt superseded are dropped."""
+    rows, unreadable = _lines(path)
+    kept: dict[tuple[str, int], Row] = {}
+    seconds, resumed = None, []
+    for row in rows:
+        event, step = row["event"], row["step"]
+        if event == "start":
+            kept, seconds, resumed = {}, None, []
+        elif event == "resume":
+            kept, seconds = {key: old for key, old in kept.items() if key[1] <= step}, None
+            resumed.append(step)
+        elif event == "end":
+            seconds = row["seconds"]
+        else:
+            kept[event, step] = row
+    ordered = [kept[key] for key in sorted(kept, key=lambda key: key[1])]
+    return Metrics(
+        train=[row for row in ordered if row["event"] == "train"],
+        eval=[row for row in ordered if row["event"] == "eval"],
+        seconds=seconds,
+        resumed_at=tuple(resumed),
+        unreadable=unreadable,
+    )
+
+
+def summarize(found: Results) -> Row:
+    """The figures of summary.json; None for everything that was not measured."""
+    speeds = _speeds(found)
+    verified = found.verified.values()
+    return {
+        "teacher_loss": _loss(found, "teacher"),
+        "student_loss": _loss(found, "student"),
+        "teacher_parameters": _parameters(found, "teacher"),
+        "student_parameters": _parameters(found, "student"),
+        **speeds,
+        "parity_passed": all(verified) if verified else None,
+        "seconds": _seconds(found),
+        "teacher_mib": _of(_model_row(found, "teacher", "eager"), "file_mib"),
+        "student_mib": _of(_model_row(found, "student", speeds["student_backend"]), "file_mib"),
+        "quality": _quality(found, speeds["student_backend"]),
+    }
+
+
+def rows_at(found: Results, model: str, batch_size: int, sequence_length: int) -> list[Row]:
+    """Benchmark rows of one model at one shape, measured or not."""
+    wanted = (model, batch_size, sequence_length)
+    rows = found.bench["rows"] if found.bench else []
+    return [row for row in rows if (row["model"], row["batch_size"], row["sequence_length"]) == wanted]
+
+
+def compared_shape(found: Results) -> tuple[int, int] | None:
+    """The (batch, sequence) at which teacher and student are compared: the smallest batch, the longest sequence."""
+    shapes = [(row["batch_size"], row["sequence_length"]) for row in found.bench["rows"]] if found.bench else []
+    return (min(batch for batch, _ in shapes), max(length for _, length in shapes)) if shapes else None
+
+
+def is_verified(found: Results, row: Row) -> bool:
+    """Whether the row's backend gives the model's own outputs: torch does, an ONNX file needs passed parity."""
+    return row["backend"] in _SOURCE_BACKENDS or found.verified.get((row["model"], row["backend"]), False)
+
+
+def measured(row: Row, column: str) -> float | None:
+    """A figure of a benchmark row; None where the row was refused or failed, whatever it holds."""
+    return row.get(column) if row["status"] in ("ok", "unstable") else None
+
+
+def fastest(found: Results, rows: Iterable[Row]) -> Row | None:
+    """The verified row of lowest median latency; an unstable one only where no stable one is."""
+    timed = [row for row in rows if measured(row, "p50_ms") is not None and is_verified(found, row)]
+    for status in ("ok", "unstable"):
+        chosen = [row for row in timed if row["status"] == status]
+        if chosen:
+            return min(chosen, key=lambda row: row["p50_ms"])
+    return None
+
+
+def _speeds(found: Results) -> Row:
+    shape = compared_shape(found)
+    teacher_rows, student_rows = ([], []) if shape is None else [rows_at(found, name, *shape) for name in STAGES]
+    teacher = fastest(found, [row for row in teacher_rows if row["backend"] == "eager"])
+    student = fastest(found, student_rows)
+    measured = [row for row in (teacher, student) if row is not None]
+    return {
+        "teacher_latency_ms": _of(teacher, "p50_ms"),
+        "student_latency_ms": _of(student, "p50_ms"),
+        "speedup": teacher["p50_ms"] / student["p50_ms"] if teacher and student else None,
+        "stable": all(row["status"] == "ok" for row in measured) if measured else None,
+        "student_backend": _of(student, "backend"),
+        "batch_size": shape[0] if shape else None,
+        "sequence_length": shape[1] if shape else None,
+        "threads": _of(student or teacher, "threads"),
+    }
+
+
+def _quality(found: Results, student_backend: str | None) -> Row | None:
+    """The task metric of the teacher in torch and of the student in its chosen backend."""
+    entries = found.bench["quality"] if found.bench else []
+    values = {(entry["model"], entry["backend"]): entry for entry in entries}
+    teacher, student = values.get(("teacher", "eager")), values.get(("student", student_backend or ""))
+    if teacher is None and student is None:
+        return None
+    metric = (teacher or student or {})["metric"]
+    return {"metric": metric, "teacher": _of(teacher, "value"), "student": _of(student, "value")}
+
+
+def _loss(found: Results, name: str) -> float | None:
+    trained = found.trained.get(name)
+    return trained.metrics.eval[-1]["loss"] if trained and trained.metrics.eval else None
+
+
+def _parameters(found: Results, name: str) -> int | None:
+    trained = found.trained.get(name)
+    about = trained.artifact["about"] if trained and trained.artifact else {}
+    measured = (found.bench or {}).get("models", {}).get(name, {})
+    return about.get("parameters", measured.get("parameters"))
+
+
+def _seconds(found: Results) -> float | None:
+    """Wall seconds of all stages: the chain's figures, and the stage's own where it did not run in a chain."""
+    seconds = {trained.stage: trained.metrics.seconds for trained in found.trained.values()}
+    seconds |= {stage: entry["seconds"] for stage, entry in found.chain.items()}
+    known = [value for value in seconds.values() if value is not None]
+    return sum(known) if known else None
+
+
+def _model_row(found: Results, model: str, backend: str | None) -> Row | None:
+    rows = found.bench["rows"] if found.bench else []
+    return next((row for row in rows if (row["model"], row["backend"]) == (model, backend)), None)
+
+
+def _of(row: Row | None, key: str) -> Any:
+    return None if row is None else row.get(key)
+
+
+def _trained(recipe: Recipe, name: str, stage: str) -> Trained | None:
+    folder = recipe.stage_dir(stage)
+    path, artifact = folder / "metrics.jsonl", _artifact(recipe.model_dir(stage))
+    if not path.is_file() and artifact is None:
+        return None
+    return Trained(
+        name=name,
+        stage=stage,
+        metrics=read_metrics(path) if path.is_file() else Metrics(),
+        artifact=artifact,
+        environment=_json(folder / "environment.json") or {},
+        launch=_json(folder / "launch.json") or {},
+    )
+
+
+def _proofs(name: str, record: Row, export: Path) -> Iterable[tuple[tuple[str, str], bool]]:
+    """For each ONNX file of an export: whether there is evidence of parity that was measured on its very bytes."""
+    proofs = {proof["file"]: proof for proof in record["evidence"] if proof["what"].startswith("parity_")}
+    backends = {"model.onnx": "onnx_fp32", "model_quantized.onnx": "onnx_int8"}
+    for file, backend in backends.items():
+        path = export / name / file
+        if path.is_file():
+            proof = proofs.get(file)
+            passed = proof is not None and proof.get("passed", True) and proof["sha256"] == hash_file(path)
+            yield (name, backend), passed
+
+
+def _artifact(folder: Path) -> Row | None:
+    return read_artifact(folder) if (folder / ARTIFACT_FILE).is_file() else None
+
+
+def _json(path: Path) -> Row | None:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def _lines(path: Path) -> tuple[list[Row], int]:
+    """The objects of a JSON-lines file, and how many lines held none.
+
+    A killed writer leaves half a line, to which the next attempt appends its first: the later object is taken.
+    """
+    rows, unreadable = [], 0
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        if not line.strip():
+            continue
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            unreadable += 1
+            with_end = line[line.rfind('{"event"') :] if '{"event"' in line[1:] else ""
+            rows += [json.loads(with_end)] if with_end.endswith("}") else []
+    return rows, unreadable

@@ -1,0 +1,84 @@
+import numpy as np
+import pytest
+
+from trainer.data.masking import masking, word_starts
+from trainer.data.packing import NO_TARGET, Framing, PackedRows
+from trainer.errors import UserError
+
+
+@pytest.fixture
+def row(tokens_in_memory):
+    """128 tokens: words of one to three pieces, [CLS] and [SEP] around two documents."""
+    draw = np.random.default_rng(0)
+
+    def text(length):
+        out = []
+        while len(out) < length:
+            out += [int(draw.integers(5, 60)), *map(int, draw.integers(60, 100, size=draw.integers(0, 3)))]
+        return out[:length]
+
+    return PackedRows(tokens_in_memory([text(70), text(50)]), Framing(128, False, 2, 3, 0), seed=0).row(0, 0)
+
+
+def test_targets_are_the_hidden_tokens_and_nothing_special(row, tiny_tokenizer):
+    masked = masking(tiny_tokenizer, 0.15, True, seed=1).apply(row, 0, 0)
+    chosen = masked.targets != NO_TARGET
+    assert (masked.targets[chosen] == row.input_ids[chosen]).all()
+    assert (masked.input_ids[~chosen] == row.input_ids[~chosen]).all()
+    assert not np.isin(row.input_ids[chosen], [0, 1, 2, 3, 4]).any()
+    assert chosen.sum() == pytest.approx(0.15 * 120, abs=2)
+
+
+def test_whole_words_are_hidden_together(row, tiny_tokenizer):
+    for index in range(50):
+        chosen = masking(tiny_tokenizer, 0.15, True, seed=1).apply(row, index, 0).targets != NO_TARGET
+        continues = row.input_ids >= 60
+        for at in np.flatnonzero(continues[1:]) + 1:
+            if row.segments[at] == row.segments[at - 1] and row.input_ids[at - 1] >= 5:
+                assert chosen[at] == chosen[at - 1]
+
+
+def test_single_tokens_are_hidden_alone_when_asked(row, tiny_tokenizer):
+    split = 0
+    for index in range(20):
+        chosen = masking(tiny_tokenizer, 0.15, False, seed=1).apply(row, index, 0).targets != NO_TARGET
+        split += int(((row.input_ids[1:] >= 60) & (chosen[1:] != chosen[:-1])).sum())
+    assert split > 0
+
+
+def test_shares_are_80_10_10(row, tiny_tokenizer):
+    mask = masking(tiny_tokenizer, 0.15, False, seed=1)
+    masked = random = kept = 0
+    for index in range(800):
+        out = mask.apply(row, index, 0)
+        chosen = out.targets != NO_TARGET
+        masked += (out.input_ids[chosen] == 4).sum()
+        kept += (out.input_ids[chosen] == row.input_ids[chosen]).sum()
+        random += ((out.input_ids[chosen] != 4) & (out.input_ids[chosen] != row.input_ids[chosen])).sum()
+    total = masked + random + kept
+    assert masked / total == pytest.approx(0.8, abs=0.01)
+    assert random / total == pytest.approx(0.1, abs=0.01)
+    assert kept / total == pytest.approx(0.1, abs=0.01)
+
+
+def test_draws_depend_on_seed_epoch_and_row_only(row, tiny_tokenizer):
+    def draw(seed, index, epoch):
+        return masking(tiny_tokenizer, 0.15, True, seed).apply(row, index, epoch).targets
+
+    assert (draw(1, 7, 2) == draw(1, 7, 2)).all()
+    for other in ((2, 7, 2), (1, 8, 2), (1, 7, 3)):
+        assert (draw(1, 7, 2) != draw(*other)).any()
+
+
+def test_word_starts_of_wordpiece(tiny_tokenizer):
+    starts = word_starts(tiny_tokenizer)
+    assert starts[:60].all() and not starts[60:].any()
+
+
+def test_a_tokenizer_without_a_mask_is_refused(tiny_tokenizer):
+    import copy
+
+    bare = copy.deepcopy(tiny_tokenizer)
+    bare.mask_token = None
+    with pytest.raises(UserError, match="no mask token"):
+        masking(bare, 0.15, True, 0)

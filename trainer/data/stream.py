@@ -1,0 +1,178 @@
+"""Which rows an optimizer step sees, on which rank, in which micro-batch: a pure function of (seed, step).
+The whole state of the stream is therefore the step; any number of ranks sees the same rows in the same steps.
+
+Shapes: B rows in a micro-batch, T tokens in a row, N target tokens in a micro-batch.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from trainer.config import nearest_multiples
+from trainer.data.masking import Masking
+from trainer.data.packing import NO_TARGET, Row, Rows
+from trainer.errors import UserError
+
+VALIDATION_EPOCH = 2**31  # no training epoch comes this far: validation draws its masks apart from training
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch. `isolated` says whether rows hold documents that must not see each other."""
+
+    input_ids: Tensor  # [B, T]
+    segments: Tensor  # [B, T]
+    positions: Tensor  # [B, T]
+    target_places: Tensor  # [N] index into the flattened [B * T]
+    targets: Tensor  # [N]
+    sample_ids: tuple[int, ...]  # position in the run's endless sequence of rows
+    num_tokens: int  # tokens that are not padding
+    isolated: bool
+
+    @property
+    def num_targets(self) -> int:
+        return len(self.targets)
+
+    def without_targets(self) -> "Batch":
+        """The same rows, counting for nothing."""
+        return dataclasses.replace(
+            self,
+            target_places=self.target_places[:0],
+            targets=self.targets[:0],
+            num_tokens=0,
+            segments=self.segments * 0,
+        )
+
+    def to(self, device: torch.device) -> "Batch":
+        """The same batch with its tensors on `device`."""
+        if device.type == "cpu":
+            return self
+        moved = {
+            name: getattr(self, name).pin_memory().to(device, non_blocking=True)
+            for name in ("input_ids", "segments", "positions", "target_places", "targets")
+        }
+        return dataclasses.replace(self, **moved)
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """How a step's `global_batch_size` rows fall to ranks and micro-batches."""
+
+    global_batch_size: int
+    micro_batch_size: int
+    rank: int
+    world: int
+
+    def __post_init__(self) -> None:
+        at_once = self.micro_batch_size * self.world
+        if self.global_batch_size % at_once:
+            raise UserError(
+                f"global_batch_size {self.global_batch_size} does not divide over {self.world} rank(s) x "
+                f"micro_batch_size {self.micro_batch_size}",
+                f"a multiple of {at_once}; nearest: {nearest_multiples(self.global_batch_size, at_once)}",
+                "change global_batch_size, micro_batch_size or the number of ranks",
+            )
+
+    @property
+    def accumulation(self) -> int:
+        """Micro-batches that one rank runs in one step."""
+        return self.global_batch_size // (self.micro_batch_size * self.world)
+
+    def samples(self, step: int, micro: int) -> range:
+        """Samples of micro-batch `micro` of this rank in `step` (both from 0)."""
+        first = step * self.global_batch_size + (micro * self.world + self.rank) * self.micro_batch_size
+        return range(first, first + self.micro_batch_size)
+
+
+class TrainStream:
+    """Endless rows in shuffled order; the next step's batches are made while the current one is computed."""
+
+    def __init__(self, rows: Rows, masking: Masking | None, plan: BatchPlan, seed: int) -> None:
+        if not len(rows):
+            raise UserError("the training split fills not one row", "more text or a shorter sequence_length")
+        self.plan = plan
+        self._rows = rows
+        self._masking = masking
+        self._seed = seed
+        self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches")
+        self._ahead: tuple[int, Future[list[Batch]]] | None = None
+
+    def micro_batches(self, step: int) -> list[Batch]:
+        """This rank's micro-batches of optimizer step `step` (from 0)."""
+        ahead, self._ahead = self._ahead, (step + 1, self._worker.submit(self._make, step + 1))
+        if ahead is not None and ahead[0] == step:
+            return ahead[1].result()
+        return self._make(step)
+
+    def epoch(self, step: int) -> float:
+        """Epochs that are behind when `step` begins."""
+        return step * self.plan.global_batch_size / len(self._rows)
+
+    def _make(self, step: int) -> list[Batch]:
+        return [self._batch(self.plan.samples(step, micro)) for micro in range(self.plan.accumulation)]
+
+    def _batch(self, samples: range) -> Batch:
+        places = [(sample // len(self._rows), sample % len(self._rows)) for sample in samples]
+        return _collate(
+            [self._row(int(_order(self._seed, epoch, len(self._rows))[place]), epoch) for epoch, place in places],
+            tuple(samples),
+            isolated=self._rows.isolated,
+        )
+
+    def _row(self, index: int, epoch: int) -> Row:
+        row = self._rows.row(index, epoch)
+        return self._masking.apply(row, index, epoch) if self._masking else row
+
+
+def validation_batches(
+    rows: Rows, masking: Masking | None, plan: BatchPlan, count: int | None, seed: int
+) -> Callable[[], Iterator[Batch]]:
+    """A function that yields this rank's share of `count` validation rows (None: all), the same rows at each call.
+
+    All ranks get the same number of batches, for a forward pass may be a collective; what is short is filled up with
+    a batch that has no targets.
+    """
+    if not len(rows):
+        raise UserError("the validation split fills not one row", "more validation text or a shorter sequence_length")
+    order = _order(seed, VALIDATION_EPOCH, len(rows))[: count or len(rows)]
+    groups = [order[at : at + plan.micro_batch_size] for at in range(0, len(order), plan.micro_batch_size)]
+
+    def make(index: int) -> Row:
+        row = rows.row(index, VALIDATION_EPOCH)
+        return masking.apply(row, index, VALIDATION_EPOCH) if masking else row
+
+    def batches() -> Iterator[Batch]:
+        for first in range(0, len(groups), plan.world):
+            at = first + plan.rank
+            chosen = groups[at] if at < len(groups) else groups[0][:1]
+            batch = _collate([make(int(index)) for index in chosen], tuple(map(int, chosen)), rows.isolated)
+            yield batch if at < len(groups) else batch.without_targets()
+
+    return batches
+
+
+@functools.lru_cache(maxsize=3)  # two training epochs meet in one batch, and validation has its own
+def _order(seed: int, epoch: int, count: int) -> np.ndarray:
+    return np.random.default_rng([seed, 0x0DE2, epoch]).permutation(count)
+
+
+def _collate(rows: list[Row], samples: tuple[int, ...], isolated: bool) -> Batch:
+    targets = np.stack([row.targets for row in rows]).reshape(-1)
+    places = np.flatnonzero(targets != NO_TARGET)
+    segments = np.stack([row.segments for row in rows])
+    return Batch(
+        input_ids=torch.from_numpy(np.stack([row.input_ids for row in rows])),
+        segments=torch.from_numpy(segments),
+        positions=torch.from_numpy(np.stack([row.positions for row in rows])),
+        target_places=torch.from_numpy(places),
+        targets=torch.from_numpy(targets[places]),
+        sample_ids=samples,
+        num_tokens=int((segments > 0).sum()),
+        isolated=isolated,
+    )

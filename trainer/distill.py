@@ -1,0 +1,77 @@
+"""The distill stage: a small language model that imitates a large one, on the same data, loop and checkpoints.
+The loss is in `objectives.distill`, the student's making in `models`."""
+
+from pathlib import Path
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from trainer.__main__ import stage_main
+from trainer.config import Distill, Recipe
+from trainer.errors import UserError
+from trainer.models import LanguageModel, from_config, load_model, load_tokenizer, make_config, student_from_layers
+from trainer.objectives.distill import Distillation
+from trainer.session import Session
+
+
+def run(recipe: Recipe) -> None:
+    """Train the student of `recipe.distill` and write `<run_dir>/distill/model`."""
+    if recipe.distill is None:
+        raise UserError("the recipe has no `distill` section", "one that says which student")
+    stage = recipe.distill
+    objective = stage.objective or (recipe.pretrain.objective if recipe.pretrain else None)
+    data = stage.data or (recipe.pretrain.data if recipe.pretrain else None)
+    if objective is None or data is None:
+        raise UserError("distill.objective and distill.data are not given", "both, where there is no pretrain section")
+    folder = stage.teacher or recipe.model_dir("pretrain")
+    session = Session(recipe, "distill", stage, objective, data)
+    teacher = load_model(folder, session.causal)
+    require_same_vocabulary(folder, teacher, session.tokenizer, recipe.tokenizer_dir)
+    student = make_student(stage, teacher, session.tokenizer, session.causal, data.sequence_length, recipe.seed)
+    if stage.weights.hidden and student.config.hidden_size != teacher.config.hidden_size:
+        raise UserError(
+            f"hidden sizes differ: student {student.config.hidden_size}, teacher {teacher.config.hidden_size}",
+            "equal ones for the cosine of hidden states",
+            "set distill.weights.hidden=0, or give the student the teacher's hidden_size",
+        )
+    frozen = LanguageModel(teacher).eval().requires_grad_(False).to(session.engine.device)
+    session.train(student, Distillation(frozen, stage.temperature, stage.weights), {"teacher": folder})
+
+
+def make_student(
+    stage: Distill,
+    teacher: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    causal: bool,
+    sequence_length: int,
+    seed: int,
+) -> PreTrainedModel:
+    """The student as the recipe wants it: layers of the teacher, or a shape of its own with weights from `seed`."""
+    if stage.student.config:
+        architecture = stage.student.architecture or teacher.config.model_type
+        config = make_config(architecture, stage.student.config, tokenizer, sequence_length)
+        return from_config(config, causal, seed)
+    layers = stage.student.keep_layers or tuple(range(0, teacher.config.num_hidden_layers, stage.student.every or 1))
+    return student_from_layers(teacher, layers, stage.student.architecture)
+
+
+def require_same_vocabulary(
+    folder: Path, teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tokenizer_folder: Path
+) -> None:
+    """UserError unless the teacher reads token ids as the data's tokenizer wrote them."""
+    theirs, ours = load_tokenizer(folder).get_vocab(), tokenizer.get_vocab()
+    if theirs != ours:
+        token = next(iter(sorted(dict(theirs.items() ^ ours.items()))))
+        raise UserError(
+            f"teacher {folder} and tokenizer {tokenizer_folder} differ, first at {token!r}: "
+            f"id {theirs.get(token)} there, {ours.get(token)} here",
+            "one vocabulary for teacher, student and data",
+            "prepare the data with prepare.tokenizer.path set to the teacher's folder",
+        )
+    if teacher.config.vocab_size < len(tokenizer):
+        raise UserError(
+            f"teacher {folder} has {teacher.config.vocab_size} outputs", f"{len(tokenizer)}, the size of the tokenizer"
+        )
+
+
+if __name__ == "__main__":
+    stage_main("distill")

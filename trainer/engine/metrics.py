@@ -1,0 +1,162 @@
+"""What a run reports about itself: one JSON object a line, TensorBoard, and one progress bar on rank 0.
+Numbers are global, over all ranks; their arithmetic is in the loop and the objectives."""
+
+import json
+import math
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+
+from trainer.engine.engine import Engine
+from trainer.errors import UserError
+from trainer.objectives.loss import LossSum
+
+
+class Meter:
+    """Sums of the loss terms since the last report; they stay on the device until someone asks."""
+
+    def __init__(self, engine: Engine, flops_per_token: float, peak_flops: float | None) -> None:
+        self.tokens = 0  # real tokens trained on, all ranks, since step 0
+        self._engine = engine
+        self._flops_per_token = flops_per_token
+        self._peak_flops = peak_flops
+        self._clear()
+
+    def _clear(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._weights: dict[str, tuple[float, str]] = {}
+        self._counts = {"targets": 0.0, "tokens": 0.0}
+        self._steps = 0
+        self._norm: Tensor | None = None
+        self._began = time.perf_counter()
+
+    def add(self, loss: LossSum) -> None:
+        """Take in one micro-batch of this rank."""
+        for name, term in loss.terms.items():
+            self._weights[name] = (term.weight, term.per)
+            self._accumulate(name, term.total.detach())
+        for name, total in loss.reported.items():
+            self._weights[name] = (0.0, "targets")
+            self._accumulate(name, total)
+
+    def _accumulate(self, name: str, value: Tensor) -> None:
+        self._sums[name] = self._sums[name] + value if name in self._sums else value
+
+    def step(self, counts: dict[str, float], grad_norm: Tensor) -> None:
+        """Take in the end of one optimizer step: its global counts and gradient norm before clipping."""
+        for name, count in counts.items():
+            self._counts[name] += count
+        self.tokens += int(counts["tokens"])
+        self._steps += 1
+        self._norm = grad_norm
+
+    def flush(self) -> dict[str, float | None]:
+        """Global means over the steps since the last call. A collective: every rank calls it."""
+        seconds = time.perf_counter() - self._began
+        names = list(self._sums)
+        local = torch.stack([self._sums[name].float() for name in names]).tolist()
+        totals = dict(zip(names, self._engine.sum(local), strict=True))
+        means = {name: total / self._counts[self._weights[name][1]] for name, total in totals.items()}
+        terms = [name for name in names if self._weights[name][0]]
+        row: dict[str, float | None] = {"loss": sum(self._weights[name][0] * means[name] for name in terms)}
+        row |= {f"loss_{name}": means[name] for name in terms if name != "loss"}
+        row |= {name: means[name] for name in names if name not in terms}
+        assert self._norm is not None
+        row["grad_norm_before_clip"] = float(self._norm)
+        row |= self._speed(seconds)
+        self._clear()
+        return row
+
+    def _speed(self, seconds: float) -> dict[str, float | None]:
+        tokens_per_s = self._counts["tokens"] / seconds
+        mfu = None
+        if self._peak_flops is not None:
+            mfu = tokens_per_s * self._flops_per_token / (self._peak_flops * self._engine.world)
+        return {
+            "step_time_s": seconds / self._steps,
+            "tokens_per_s": tokens_per_s,
+            "mfu": mfu,
+            "peak_memory_gib": self._engine.peak_memory_gib(),
+        }
+
+    def has_steps(self) -> bool:
+        """Whether steps were taken since the last flush."""
+        return self._steps > 0
+
+
+def require_finite(row: dict[str, Any], step: int, samples: tuple[int, int]) -> None:
+    """UserError if a step's loss or gradient norm is not a number; the last checkpoint is from before it."""
+    bad = [name for name in ("loss", "grad_norm_before_clip") if not math.isfinite(row[name])]
+    if bad:
+        raise UserError(
+            f"{' and '.join(bad)} not finite at or before step {step} (samples {samples[0]} to {samples[1]})",
+            "finite numbers; nothing was saved since, the last checkpoint is intact",
+            "lower optim.learning_rate, set max_grad_norm, or look at those samples, and run again",
+        )
+
+
+class Log:
+    """metrics.jsonl, TensorBoard and the progress bar of one stage; silent on every rank but the main one."""
+
+    def __init__(self, folder: Path, title: str, max_steps: int, is_main: bool) -> None:
+        self._is_main = is_main
+        self.console = Console(stderr=True, quiet=not is_main)
+        self._bar: Progress | None = None
+        if not is_main:
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        self._file = (folder / "metrics.jsonl").open("a", encoding="utf-8", buffering=1)  # whole lines, at once
+        self._board = SummaryWriter(str(folder / "tensorboard"))
+        if self.console.is_terminal:
+            self._bar = Progress(
+                TextColumn(title),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[now]}"),
+                console=self.console,
+            )
+            self._task = self._bar.add_task(title, total=max_steps, now="")
+
+    def __enter__(self) -> "Log":
+        if self._bar:
+            self._bar.start()
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._bar:
+            self._bar.stop()
+        if self._is_main:
+            self._file.close()
+            self._board.close()
+
+    def say(self, text: str) -> None:
+        """A line for the user."""
+        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def event(self, event: str, step: int, **values: Any) -> None:
+        """Append one object to metrics.jsonl and its numbers to TensorBoard."""
+        if not self._is_main:
+            return
+        row = {
+            name: None if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in values.items()
+        }
+        self._file.write(json.dumps({"event": event, "step": step, **row}, allow_nan=False) + "\n")
+        for name, value in values.items():
+            if isinstance(value, int | float):
+                self._board.add_scalar(f"{event}/{name}", value, step)
+
+    def progress(self, step: int, row: dict[str, Any]) -> None:
+        """Move the bar."""
+        if self._bar:
+            now = f"loss {row['loss']:.3f}  {row['tokens_per_s']:,.0f} tokens/s"
+            self._bar.update(self._task, completed=step, now=now)
