@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import psutil
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -33,6 +34,13 @@ from trainer.artifact import ARTIFACT_FILE, content_hash, hash_file, read_artifa
 from trainer.config import Backend, Bench, Recipe
 from trainer.errors import GateFailed, UserError
 
+_COLUMNS = (  # heading, key of a row, format
+    ("p50 ms", "p50_ms", ".2f"),
+    ("p99 ms", "p99_ms", ".2f"),
+    ("tokens/s", "real_tokens_per_s", ",.0f"),
+    ("peak MiB", "peak_memory_mib", ",.0f"),
+    ("file MiB", "file_mib", ".1f"),
+)
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 
 
@@ -217,31 +225,30 @@ def describe_machine(threads: int) -> dict[str, Any]:
 
 
 def show(report: dict[str, Any]) -> None:
-    """Print the report as tables."""
-    table = Table(title="bench", caption=f"{report['machine']['cpu']}, {report['machine']['threads']} threads")
-    for column in (
-        "model",
-        "backend",
-        "batch x length",
-        "p50 ms",
-        "p99 ms",
-        "real tokens/s",
-        "peak MiB",
-        "file MiB",
-        "",
-    ):
-        table.add_column(column, justify="left" if column in ("model", "backend", "") else "right")
+    """Print the report as a table, then why rows are without figures, then quality."""
+    console = Console(highlight=False, soft_wrap=True)
+    table = Table(
+        box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
+        caption=f"{report['machine']['cpu']}, {report['machine']['threads']} threads",
+    )
+    for column in ("model", "backend", "batch"):
+        table.add_column(column, no_wrap=True)
+    for column, _, _ in _COLUMNS:
+        table.add_column(column, justify="right", no_wrap=True)
     for row in report["rows"]:
-        numbers = [(row.get("p50_ms"), ".2f"), (row.get("p99_ms"), ".2f"), (row.get("real_tokens_per_s"), ",.0f"),
-                   (row.get("peak_memory_mib"), ",.0f"), (row["file_mib"], ".1f")]  # fmt: skip
-        note = "" if row["status"] == "ok" else f"{row['status']}: {row['reason']}"
-        shape = f"{row['batch_size']} x {row['sequence_length']}"
-        texts = ["" if value is None else format(value, style) for value, style in numbers]
-        table.add_row(row["model"], row["backend"], shape, *texts, note)
-    console = Console()
+        numbers = [format(row[key], style) if row.get(key) is not None else "" for _, key, style in _COLUMNS]
+        if row["status"] != "ok":
+            numbers[0] = row["status"]
+        table.add_row(row["model"], row["backend"], f"{row['batch_size']}x{row['sequence_length']}", *numbers)
     console.print(table)
+    for row in report["rows"]:
+        if row["status"] != "ok":
+            shape = f"{row['batch_size']}x{row['sequence_length']}"
+            console.print(f"{row['model']} {row['backend']} {shape}: {row['status']}: {row['reason']}", markup=False)
     for entry in report["quality"]:
-        console.print(f"{entry['model']} {entry['backend']}: {entry['metric']} {entry['value']:.4f}", highlight=False)
+        console.print(f"{entry['model']} {entry['backend']}: {entry['metric']} {entry['value']:.4f}")
 
 
 def _shapes(settings: Bench) -> list[tuple[int, int]]:

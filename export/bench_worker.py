@@ -149,4 +149,8 @@ def _named(arrays: Mapping[str, np.ndarray], prefix: str) -> Inputs:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    try:
+        main(Path(sys.argv[1]))
+    except UserError as error:  # `bench` puts the last line into the report
+        print(str(error).replace("\n", "; "), file=sys.stderr)
+        raise SystemExit(error.exit_code) from None

@@ -35,7 +35,7 @@ class Case:
 
 
 def load_documents(recipe: Recipe, model: Path, limit: int = _MAX_DOCUMENTS) -> list[np.ndarray]:
-    """Token ids (int64) of up to `limit` documents: the recipe's validation split, else the standard library's text.
+    """Token ids (int64) of up to `limit` documents: of the recipe's validation split, else the standard library's text.
 
     Raises UserError when neither can be had: no shards yet, or no tokenizer in the model's folder.
     """
@@ -44,7 +44,8 @@ def load_documents(recipe: Recipe, model: Path, limit: int = _MAX_DOCUMENTS) -> 
     from trainer.data.shards import TokenShards
 
     shards = TokenShards.open(recipe.data_dir, "validation")
-    documents = [shards.read(index) for index in range(min(limit, len(shards)))]
+    step = max(1, -(-len(shards) // limit))  # evenly spaced, as the documents of one source stand together
+    documents = [shards.read(index) for index in range(0, len(shards), step)]
     if not documents:
         raise UserError(f"{recipe.data_dir} has no validation documents", "some", "raise prepare.validation_fraction")
     return documents

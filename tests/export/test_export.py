@@ -14,8 +14,10 @@ from export.cases import load_documents
 from export.io_spec import read_spec
 from export.runners import open_runner
 from tests.export.conftest import CONFIGS, MAX_LENGTH
+from trainer import prepare
 from trainer.artifact import content_hash, hash_file, read_artifact
 from trainer.config import Export, Recipe, Tolerance
+from trainer.data.shards import TokenShards
 from trainer.errors import GateFailed, UserError
 
 # Random weights make near-ties of all logits, so that int8 is judged here by its error alone.
@@ -100,6 +102,29 @@ def test_stage_exports_a_foreign_folder_on_the_standard_librarys_text(model_fold
         read_spec(folder).pad([np.array([5, 6, 7])], 3)
     )
     assert outputs["logits"].shape == (1, 3, 300)
+
+
+def test_text_comes_from_the_validation_split(tmp_path):
+    """Evenly over all its documents, as those of one source stand together; never from the training split."""
+    text = tmp_path / "text.txt"
+    text.write_text("\n".join(f"line {number} of the text" for number in range(200)))
+    recipe = Recipe.model_validate(
+        {
+            "run_dir": tmp_path / "run",
+            "prepare": {
+                "sources": [{"type": "text", "paths": [str(text)], "document": "line"}],
+                "tokenizer": {"type": "wordpiece", "vocab_size": 80},
+                "validation_fraction": 0.4,
+            },
+        }
+    )
+    prepare.run(recipe)
+    shards = TokenShards.open(recipe.data_dir, "validation")
+    assert len(shards) > 40
+    few = load_documents(recipe, tmp_path, limit=10)
+    step = -(-len(shards) // 10)
+    assert [ids.tolist() for ids in few] == [shards.read(i).tolist() for i in range(0, len(shards), step)]
+    assert len(load_documents(recipe, tmp_path)) == len(shards)
 
 
 def test_refusals(tmp_path, model_folder, documents):
