@@ -8,8 +8,11 @@ import shutil
 import sys
 
 import pytest
-import synthetic_run
-from synthetic_run import (
+
+from export.report import commands, duration, lineage, number, run, stage_command
+from export.results import read_metrics, read_results, summarize
+from tests.export import synthetic_run
+from tests.export.synthetic_run import (
     bench,
     build,
     distill,
@@ -21,9 +24,6 @@ from synthetic_run import (
     train_row,
     write_metrics,
 )
-
-from export.report import commands, duration, lineage, number, run, stage_command
-from export.results import read_metrics, read_results, summarize
 from trainer.artifact import content_hash, write_artifact
 from trainer.errors import UserError
 from trainer.recipe_file import dump_recipe
