@@ -10,6 +10,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 
+def pytest_addoption(parser):
+    parser.addoption("--write-golden", action="store_true", help="replace the golden losses by what is seen now")
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """Folder of public data sets; the test is skipped where there is none."""

@@ -68,7 +68,9 @@ def _parser() -> argparse.ArgumentParser:
         if verb.takes_recipe:
             command.add_argument("recipe", help="a YAML file, or the name of a recipe that ships with lmworks")
             command.add_argument("overrides", nargs="*", metavar="key=value", help="such as pretrain.max_steps=100")
-            command.add_argument("--dry-run", action="store_true", help="print the resolved recipe and what would happen")
+            command.add_argument(
+                "--dry-run", action="store_true", help="print the resolved recipe and what would happen"
+            )
     return parser
 
 

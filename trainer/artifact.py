@@ -124,7 +124,9 @@ def read_artifact(folder: Path, kind: str | None = None) -> dict[str, Any]:
     recover(folder)
     path = folder / ARTIFACT_FILE
     if not path.is_file():
-        raise UserError(f"{folder} is not there or not finished", "a folder with an artifact.json", "run its stage first")
+        raise UserError(
+            f"{folder} is not there or not finished", "a folder with an artifact.json", "run its stage first"
+        )
     record = json.loads(path.read_text(encoding="utf-8"))
     if kind is not None and record["kind"] != kind:
         raise UserError(f"{folder} is of kind {record['kind']!r}", f"kind {kind!r}", "give another path")

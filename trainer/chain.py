@@ -11,7 +11,7 @@ from typing import Any
 
 from rich.console import Console
 
-from trainer.artifact import ARTIFACT_FILE, read_artifact, versions, write_json
+from trainer.artifact import ARTIFACT_FILE, content_hash, read_artifact, versions, write_json
 from trainer.config import Recipe
 from trainer.errors import UserError
 
@@ -58,13 +58,25 @@ def stage_key(recipe: Recipe, stage: str) -> str:
     if stage == "distill" and recipe.pretrain is not None:
         section["inherited"] = recipe.pretrain.model_dump(mode="json", include={"objective", "data"})
     inputs = [_content(recipe.run_dir / folder) for parent in STAGES[stage][2] for folder in STAGES[parent][1]]
+    inputs += [[content_hash(folder)] for folder in _named_folders(recipe, stage) if folder.is_dir()]
     text = json.dumps([section, recipe.seed, versions(), inputs], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def _named_folders(recipe: Recipe, stage: str) -> list[Path]:
+    """Model folders that the recipe itself names, instead of taking an earlier stage's."""
+    if stage == "pretrain" and recipe.pretrain and recipe.pretrain.model.init_from:
+        return [recipe.pretrain.model.init_from]
+    if stage == "distill" and recipe.distill and recipe.distill.teacher:
+        return [recipe.distill.teacher]
+    return list(recipe.exported_models().values()) if stage in ("export", "bench") else []
+
+
 def _content(folder: Path) -> list[str]:
     """Content hashes of the artifacts at `folder` or right below it; none where the stage did not run."""
-    found = [path.parent for path in (folder / ARTIFACT_FILE, *sorted(folder.glob(f"*/{ARTIFACT_FILE}"))) if path.is_file()]
+    found = [
+        path.parent for path in (folder / ARTIFACT_FILE, *sorted(folder.glob(f"*/{ARTIFACT_FILE}"))) if path.is_file()
+    ]
     return [read_artifact(artifact)["content_sha256"] for artifact in found]
 
 

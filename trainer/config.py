@@ -268,10 +268,12 @@ class Tolerance(Section):
 class Parity(Section):
     """Shapes and thresholds of the gate. Lengths 1 and the model's maximum are always tried."""
 
-    fp32: Tolerance = Tolerance(max_abs=1e-3, relative_rms=1e-4, min_top1=0.999)
-    int8: Tolerance = Tolerance(relative_rms=0.15, min_top1=0.90)
+    fp32: Tolerance = Tolerance(max_abs=1e-3, relative_rms=1e-5, min_top1=0.999)
+    int8: Tolerance = Tolerance(relative_rms=0.1, min_top1=0.90)
     shapes: tuple[tuple[PositiveInt, PositiveInt], ...] = ((1, 7), (3, 33), (4, 64), (8, 16))
     """(batch, sequence) pairs beside the edge cases."""
+    max_length: PositiveInt = 1024
+    """The edge case of a model that takes longer inputs; costs memory of its square."""
 
 
 Precision = Literal["fp32", "int8"]
@@ -298,13 +300,15 @@ class Bench(Section):
     sequence_lengths: tuple[PositiveInt, ...] = (32, 128)
     threads: PositiveInt | None = None
     """CPU threads for every backend; by default the number of physical cores."""
-    window_s: Positive = 1.0
-    """Length of one measuring window."""
-    max_windows: Annotated[int, Field(ge=3)] = 8
-    """A row whose last three windows never agree within `stability` after so many is marked unstable."""
+    window_s: Positive = 0.3
+    """Length of one measuring window, and of the warm-up before the first; at least three calls."""
+    max_windows: Annotated[int, Field(ge=3)] = 10
+    """A row whose last three windows never agree within `stability` after so many is marked unstable, and so is one
+    for which others had the CPU in so many."""
     stability: Share = 0.1
+    """Largest minus smallest median of the three, relative to the middle one."""
     quality_sequences: PositiveInt = 256
-    """Validation rows on which quality is measured."""
+    """Validation rows (pieces of one document) on which quality is measured, at the longest `sequence_lengths`."""
 
 
 class Recipe(Section):
@@ -340,7 +344,9 @@ class Recipe(Section):
     def exported_models(self) -> dict[str, Path]:
         """Name to model folder of everything that export and bench look at."""
         stages = {"teacher": "pretrain", "student": "distill"}
-        chosen = self.export.models if self.export and self.export.models else {
-            name: None for name, stage in stages.items() if getattr(self, stage) is not None
-        }
+        chosen = (
+            self.export.models
+            if self.export and self.export.models
+            else {name: None for name, stage in stages.items() if getattr(self, stage) is not None}
+        )
         return {name: path or self.model_dir(stages.get(name, name)) for name, path in chosen.items()}

@@ -22,7 +22,7 @@ class GateFailed(UserError):
     exit_code = EXIT_GATE_FAILED
 
 
-class Preempted(Exception):  # noqa: N818 - it is not an error: the run is saved and can go on
+class Preempted(Exception):
     """All ranks agreed to stop at a signal and the state is saved: run the same command again."""
 
     exit_code = EXIT_PREEMPTED

@@ -37,8 +37,10 @@ _MASKED_HEADS: dict[str, Callable[[Any], Callable[[Tensor], Tensor]]] = {
     "bert": lambda model: model.cls,
     "roberta": lambda model: model.lm_head,
     "modernbert": lambda model: lambda hidden_ND: model.decoder(model.head(hidden_ND)),
-    "distilbert": lambda model: lambda hidden_ND: model.vocab_projector(
-        model.vocab_layer_norm(model.activation(model.vocab_transform(hidden_ND)))
+    "distilbert": lambda model: (
+        lambda hidden_ND: model.vocab_projector(
+            model.vocab_layer_norm(model.activation(model.vocab_transform(hidden_ND)))
+        )
     ),
 }
 
@@ -96,7 +98,7 @@ def packed_inputs(config: PretrainedConfig, causal: bool, segments: Tensor, posi
     inputs: dict[str, Any] = {"position_ids": positions + offset}
     if causal:
         return inputs
-    same_B1TT = (segments[:, None, :, None] == segments[:, None, None, :])
+    same_B1TT = segments[:, None, :, None] == segments[:, None, None, :]
     if config.model_type != "modernbert":
         return inputs | {"attention_mask": same_B1TT}
     at_T = torch.arange(segments.shape[1], device=segments.device)
@@ -124,7 +126,9 @@ def check_isolation(model: LanguageModel) -> None:
         alone = model(tokens[:, 8:], segments[:, 8:], positions[:, 8:], second_N - 8, True).logits_NV
     model.train(training)
     difference = max((one - two).abs().max().item(), (one - alone).abs().max().item())
-    if difference > 1e-3:  # float32 rounding of other kernels and shapes stays below 1e-5; a leak is of order 1e-2 and up
+    if (
+        difference > 1e-3
+    ):  # float32 rounding of other kernels and shapes stays below 1e-5; a leak is of order 1e-2 and up
         raise UserError(
             f"architecture {config.model_type!r} mixes the documents of a packed row (logits move by {difference:.2g})",
             "one whose attention stays inside a document",
@@ -155,23 +159,26 @@ def make_config(
     try:
         known = AutoConfig.for_model(architecture)
     except ValueError:
-        raise UserError(f"transformers has no architecture {architecture!r}", "a model type such as bert or gpt2") from None
+        raise UserError(
+            f"transformers has no architecture {architecture!r}", "a model type such as bert or gpt2"
+        ) from None
     names = set(known.to_dict()) | set(known.attribute_map)
     for key in keys:
         if key not in names:
             close = difflib.get_close_matches(key, names, n=1)
             raise UserError(
-                f"model.config.{key}: {architecture} has no such key" + (f"; did you mean {close[0]!r}?" if close else ""),
+                f"model.config.{key}: {architecture} has no such key"
+                + (f"; did you mean {close[0]!r}?" if close else ""),
                 f"a key of transformers' {type(known).__name__}",
             )
     special = {
-        f"{name}_token_id": getattr(tokenizer, f"{name}_token_id")
+        f"{name}_token_id": token_id(tokenizer, name)
         for name in ("pad", "bos", "eos", "cls", "sep")
         if f"{name}_token_id" in names
     }
     room = {}
     if "max_position_embeddings" in names and not {"max_position_embeddings", "n_positions"} & set(keys):
-        room["max_position_embeddings"] = sequence_length + position_offset(architecture, tokenizer.pad_token_id)
+        room["max_position_embeddings"] = sequence_length + position_offset(architecture, token_id(tokenizer, "pad"))
     config = AutoConfig.for_model(architecture, **({"vocab_size": len(tokenizer)} | special | room | dict(keys)))
     _check_vocabulary(config, tokenizer, f"model.config of {architecture}")
     _check_length(config, sequence_length)
@@ -183,7 +190,9 @@ def from_config(config: PretrainedConfig, causal: bool, seed: int) -> PreTrained
     mapping = MODEL_FOR_CAUSAL_LM_MAPPING if causal else MODEL_FOR_MASKED_LM_MAPPING
     if type(config) not in mapping:
         kind = "causal_lm" if causal else "masked_lm"
-        raise UserError(f"transformers has no {kind} model of architecture {config.model_type!r}", "another architecture")
+        raise UserError(
+            f"transformers has no {kind} model of architecture {config.model_type!r}", "another architecture"
+        )
     torch.manual_seed(seed)
     auto = AutoModelForCausalLM if causal else AutoModelForMaskedLM
     return auto.from_config(config, attn_implementation="sdpa", dtype=torch.float32)
@@ -204,6 +213,13 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     if not (folder / "tokenizer_config.json").is_file():
         raise UserError(f"{folder} holds no tokenizer", "a folder that prepare or transformers wrote", "check the path")
     return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+
+
+def token_id(tokenizer: PreTrainedTokenizerBase, name: str) -> int | None:
+    """Id of the special token `name` (pad, bos, eos, cls, sep); None if the tokenizer has none."""
+    found = getattr(tokenizer, f"{name}_token_id")
+    assert found is None or isinstance(found, int)
+    return found
 
 
 def position_offset(architecture: str, pad_token_id: int | None) -> int:
@@ -241,6 +257,7 @@ def train_flops_per_token(model: PreTrainedModel, sequence_length: int) -> float
     head = model.get_output_embeddings()
     positions = sum(p.numel() for name, p in model.named_parameters() if re.search(r"position_embeddings|wpe", name))
     embedding = model.get_input_embeddings().weight
+    assert isinstance(embedding, Tensor)
     looked_up = 0 if head is not None and head.weight is embedding else embedding.numel()
     multiplying = count_parameters(model) - positions - looked_up
     return 6.0 * multiplying + 12.0 * config.num_hidden_layers * config.hidden_size * sequence_length

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from trainer.artifact import content_hash, read_artifact, staging, write_artifact, write_json, write_text
+from trainer.artifact import content_hash, staging, write_artifact, write_json, write_text
 from trainer.config import Data, MaskedLM, Recipe, Training
 from trainer.config import Objective as ObjectiveConfig
 from trainer.data.masking import masking
@@ -29,6 +29,7 @@ from trainer.models import (
     count_parameters,
     decay_groups,
     load_tokenizer,
+    token_id,
     train_flops_per_token,
     transformer_layers,
 )
@@ -39,15 +40,15 @@ from trainer.recipe_file import dump_recipe, recipe_hash
 class Session:
     """One training stage of a recipe, from opened data to a finished model folder."""
 
-    def __init__(
-        self, recipe: Recipe, stage: str, training: Training, objective: ObjectiveConfig, data: Data
-    ) -> None:
+    def __init__(self, recipe: Recipe, stage: str, training: Training, objective: ObjectiveConfig, data: Data) -> None:
         watch_signals()
         transformers_logging.disable_progress_bar()  # the run has one bar, its own
         self._began = time.perf_counter()
         self._recipe, self._stage, self._training, self._data = recipe, stage, training, data
         self._objective = objective
-        read_artifact(recipe.data_dir, "token_shards")
+        self._train_shards = TokenShards.open(recipe.data_dir, "train")
+        self._train_shards.require_tokenizer(recipe.tokenizer_dir)
+        self._validation_shards = TokenShards.open(recipe.data_dir, "validation")
         self.tokenizer = load_tokenizer(recipe.tokenizer_dir)
         self.causal = objective.name == "causal_lm"
         self.engine = Engine(training)
@@ -89,9 +90,9 @@ class Session:
             seed=recipe.seed,
             engine=self.engine,
             objective=objective,
-            stream=TrainStream(self._rows("train"), mask, self._plan, recipe.seed),
+            stream=TrainStream(self._rows(self._train_shards), mask, self._plan, recipe.seed),
             validation=validation_batches(
-                self._rows("validation"), mask, self._plan, training.eval_sequences, recipe.seed
+                self._rows(self._validation_shards), mask, self._plan, training.eval_sequences, recipe.seed
             ),
             checkpoints=Checkpoints(self._folder / "checkpoints", training, identity, self.engine, self._log.say),
             meter=Meter(self.engine, flops, peak_flops(self._device_name(), training.precision)),
@@ -99,8 +100,7 @@ class Session:
             bytes_per_token=self._validation_bytes_per_token() if self.causal else None,
         )
 
-    def _rows(self, split: str) -> Rows:
-        shards = TokenShards.open(self._recipe.data_dir, split)
+    def _rows(self, shards: TokenShards) -> Rows:
         framing = framing_for(self.tokenizer, self.causal, self._data.sequence_length)
         kind = PackedRows if self._data.packing == "isolate" else StreamRows
         return kind(shards, framing, self._recipe.seed)
@@ -124,7 +124,7 @@ class Session:
         return torch.cuda.get_device_name(device)
 
     def _validation_bytes_per_token(self) -> float:
-        split = TokenShards.open(self._recipe.data_dir, "validation").manifest["splits"]["validation"]
+        split = self._validation_shards.manifest["splits"]["validation"]
         return split["bytes"] / split["tokens"]
 
     def _describe_run(self) -> None:
@@ -163,7 +163,9 @@ class Session:
 
 def framing_for(tokenizer: PreTrainedTokenizerBase, causal: bool, row_length: int) -> Framing:
     """The special tokens that stand around documents: [CLS] and [SEP] for a masked LM, begin-of-sequence for causal."""
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (tokenizer.eos_token_id or 0)
+    pad = token_id(tokenizer, "pad")
+    if pad is None:
+        pad = token_id(tokenizer, "eos") or 0  # any id does: padding is seen by nobody and has no target
     if causal:
-        return Framing(row_length, True, tokenizer.bos_token_id, None, pad)
-    return Framing(row_length, False, tokenizer.cls_token_id, tokenizer.sep_token_id, pad)
+        return Framing(row_length, True, token_id(tokenizer, "bos"), None, pad)
+    return Framing(row_length, False, token_id(tokenizer, "cls"), token_id(tokenizer, "sep"), pad)

@@ -24,7 +24,10 @@ import numpy as np
 ROOT = Path(__file__).parents[2]
 SEQUENCE_LENGTH, BATCH = 128, 32
 MODELS = {
-    "masked_lm": ("bert", {"hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 1024}),
+    "masked_lm": (
+        "bert",
+        {"hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 1024},
+    ),
     "causal_lm": ("gpt2", {"n_embd": 256, "n_layer": 4, "n_head": 4}),
 }
 MIN_CPU_SHARE = 0.85
@@ -214,7 +217,13 @@ def main() -> None:
         "peer": f"transformers.Trainer {transformers.__version__}, its defaults",
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
         "versions": versions(),
-        "model": {"hidden_size": 256, "layers": 4, "vocab_size": 8192, "sequence_length": SEQUENCE_LENGTH, "batch": BATCH},
+        "model": {
+            "hidden_size": 256,
+            "layers": 4,
+            "vocab_size": 8192,
+            "sequence_length": SEQUENCE_LENGTH,
+            "batch": BATCH,
+        },
         "results": {o: compare(o, arguments.steps, arguments.rounds, arguments.threads) for o in arguments.objective},
     }
     text = json.dumps(result, indent=2)

@@ -1,6 +1,6 @@
 """Takes one optimizer step of a recipe and writes its gradients, loss and samples; run alone or by a launcher.
 
-    one_step.py RECIPE OUT [key=value ...]
+one_step.py RECIPE OUT [key=value ...]
 """
 
 import sys

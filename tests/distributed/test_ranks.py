@@ -52,11 +52,17 @@ def padded_recipe(tiny_recipe, tmp_path):
 
     def write(architecture):
         draw = np.random.default_rng(1)
-        lines = [" ".join(f"{letter}" for letter in draw.choice(list("abcdefg"), size=draw.integers(16, 28))) for _ in range(60)]
+        lines = [
+            " ".join(f"{letter}" for letter in draw.choice(list("abcdefg"), size=draw.integers(16, 28)))
+            for _ in range(60)
+        ]
         (tmp_path / "text.txt").write_text("\n".join(lines))
         tree = tiny_recipe(tmp_path / architecture, architecture)
         tree["prepare"]["sources"] = [{"type": "text", "paths": [str(tmp_path / "text.txt")], "document": "line"}]
-        tree["prepare"]["tokenizer"] = {"type": "wordpiece" if architecture == "bert" else "byte_level_bpe", "vocab_size": 300}
+        tree["prepare"]["tokenizer"] = {
+            "type": "wordpiece" if architecture == "bert" else "byte_level_bpe",
+            "vocab_size": 300,
+        }
         path = tmp_path / f"{architecture}.yaml"
         path.write_text(json.dumps(tree))
         assert main(["prepare", str(path)]) == 0
@@ -71,7 +77,16 @@ def test_splitting_a_batch_does_not_matter(padded_recipe, tmp_path, architecture
     recipe = padded_recipe(architecture)
     splits = {"1x8": "8", "4x2": "2"}
     for name, micro in splits.items():
-        run([sys.executable, ONE_STEP, recipe, tmp_path / name, f"pretrain.micro_batch_size={micro}", *NO_DROPOUT[architecture]])
+        run(
+            [
+                sys.executable,
+                ONE_STEP,
+                recipe,
+                tmp_path / name,
+                f"pretrain.micro_batch_size={micro}",
+                *NO_DROPOUT[architecture],
+            ]
+        )
     run(launch(ONE_STEP, recipe, tmp_path / "2x2x2", "pretrain.micro_batch_size=2", *NO_DROPOUT[architecture]))
     whole = torch.load(tmp_path / "1x8.0")
     assert whole["counts"]["tokens"] < 8 * 32 - 5
@@ -127,7 +142,10 @@ def test_two_ranks_train_as_one_and_preempt_together(without_dropout):
 
     process = subprocess.Popen(
         launch("-m", "trainer.pretrain", stopped, "pretrain.max_steps=300", "pretrain.save_every_steps=1000"),
-        env=environment(), stderr=subprocess.PIPE, text=True, cwd=ROOT,
+        env=environment(),
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
     )
     kill_one_rank_after(process, load_recipe(str(stopped)).run_dir / "pretrain" / "metrics.jsonl", '"step": 5,')
     _, said = process.communicate(timeout=120)
@@ -148,6 +166,8 @@ def kill_one_rank_after(process, path, text):
     while not (path.is_file() and text in path.read_text()):
         assert process.poll() is None and time.monotonic() - began < 90
         time.sleep(0.01)
-    ranks = [child for child in psutil.Process(process.pid).children(recursive=True) if "trainer.pretrain" in child.cmdline()]
+    ranks = [
+        child for child in psutil.Process(process.pid).children(recursive=True) if "trainer.pretrain" in child.cmdline()
+    ]
     (rank_1,) = [child for child in ranks if child.environ().get("RANK") == "1"]
     rank_1.send_signal(signal.SIGTERM)

@@ -7,10 +7,10 @@ import pytest
 from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 from ruamel.yaml import YAML
-from synthetic_run import bench, build, distill, export, make_recipe, prepare, pretrain
 
 from export.card import MARK, code, markdown, pipeline_tag, write_cards
 from export.results import read_results
+from tests.export.synthetic_run import bench, build, distill, export, make_recipe, prepare, pretrain
 from trainer.artifact import content_hash, hash_tree, write_json
 
 HOSTILE = (

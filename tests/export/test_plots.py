@@ -2,11 +2,11 @@
 
 import numpy as np
 import pytest
-from synthetic_run import bench, bench_report, build, make_recipe, pretrain
 
 from export import plots
 from export.plots import pareto_front, quality_points, smooth
 from export.results import read_results
+from tests.export.synthetic_run import bench, bench_report, build, make_recipe, pretrain
 
 
 @pytest.fixture

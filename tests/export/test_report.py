@@ -8,8 +8,12 @@ import shutil
 import sys
 
 import pytest
-import synthetic_run
-from synthetic_run import (
+
+from export import plots
+from export.report import commands, duration, lineage, number, run, stage_command
+from export.results import read_metrics, read_results, summarize
+from tests.export import synthetic_run
+from tests.export.synthetic_run import (
     bench,
     build,
     distill,
@@ -21,10 +25,6 @@ from synthetic_run import (
     train_row,
     write_metrics,
 )
-
-from export import plots
-from export.report import commands, duration, lineage, number, run, stage_command
-from export.results import read_metrics, read_results, summarize
 from trainer.artifact import content_hash, write_artifact
 from trainer.errors import UserError
 from trainer.recipe_file import dump_recipe

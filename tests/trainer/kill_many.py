@@ -14,8 +14,6 @@ import signal
 import sys
 import time
 
-import trainer.distill
-import trainer.pretrain
 from trainer.__main__ import main
 
 

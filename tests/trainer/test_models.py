@@ -164,7 +164,9 @@ def test_kept_layers_are_the_teachers(tiny_tokenizer):
     teacher = scattered(make("bert", tiny_tokenizer))
     student = student_from_layers(teacher, (1, 3), "bert")
     for new, old in enumerate((1, 3)):
-        pairs = zip(transformer_layers(student)[new].parameters(), transformer_layers(teacher)[old].parameters(), strict=True)
+        pairs = zip(
+            transformer_layers(student)[new].parameters(), transformer_layers(teacher)[old].parameters(), strict=True
+        )
         assert all(torch.equal(a, b) for a, b in pairs)
     assert student.config.num_hidden_layers == 2
     head = student.get_output_embeddings().weight

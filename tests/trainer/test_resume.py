@@ -60,7 +60,10 @@ def test_killed_many_times_it_ends_as_if_nothing_had_happened(written_recipe, ar
     delays = [f"{delay:.3f}" for delay in np.random.default_rng(4).uniform(0.0, 0.4, size=25)]
     done = subprocess.run(
         [sys.executable, str(KILL_MANY), str(broken), "pretrain", str(metrics), *delays],
-        env=ENVIRONMENT, capture_output=True, text=True, timeout=300,
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     report = json.loads(done.stdout.splitlines()[-1])
     assert report["code"] == 0, done.stderr

@@ -64,12 +64,15 @@ class Masking:
 
 def masking(tokenizer: "PreTrainedTokenizerBase", probability: float, whole_word: bool, seed: int) -> Masking:
     """Masking for a tokenizer; UserError if it has no mask token."""
-    if tokenizer.mask_token_id is None:
-        raise UserError("the tokenizer has no mask token", "one for masked_lm", "train a wordpiece tokenizer, or load one")
+    mask_id = tokenizer.mask_token_id
+    if not isinstance(mask_id, int):
+        raise UserError(
+            "the tokenizer has no mask token", "one for masked_lm", "train a wordpiece tokenizer, or load one"
+        )
     special_V = np.zeros(len(tokenizer), dtype=np.bool_)
     special_V[tokenizer.all_special_ids] = True
     starts = word_starts(tokenizer) if whole_word else None
-    return Masking(seed, probability, tokenizer.mask_token_id, special_V, starts)
+    return Masking(seed, probability, mask_id, special_V, starts)
 
 
 def word_starts(tokenizer: "PreTrainedTokenizerBase") -> NDArray[np.bool_]:

@@ -96,7 +96,10 @@ class PackedRows:
         stop = start + int(self._length_P[piece])
         if not framing.causal:
             text = self._shards.read(document, start, stop)
-            frame = ([framing.begin] if framing.begin is not None else [], [framing.end] if framing.end is not None else [])
+            frame = (
+                [framing.begin] if framing.begin is not None else [],
+                [framing.end] if framing.end is not None else [],
+            )
             return np.concatenate([np.array(frame[0], np.int64), text, np.array(frame[1], np.int64)]), None
         if framing.begin is None:
             tokens = self._shards.read(document, start, stop + 1)

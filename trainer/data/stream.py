@@ -42,7 +42,11 @@ class Batch:
     def without_targets(self) -> "Batch":
         """The same rows, counting for nothing."""
         return dataclasses.replace(
-            self, target_places=self.target_places[:0], targets=self.targets[:0], num_tokens=0, segments=self.segments * 0
+            self,
+            target_places=self.target_places[:0],
+            targets=self.targets[:0],
+            num_tokens=0,
+            segments=self.segments * 0,
         )
 
     def to(self, device: torch.device) -> "Batch":

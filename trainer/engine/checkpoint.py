@@ -18,8 +18,17 @@ _MARKER, _LATEST = "COMMITTED", "LATEST"
 # Keys that may change between two attempts at one run: they move no sample and no number (micro_batch_size: up to
 # the rounding of another order of summation).
 _FREE_KEYS = frozenset(
-    "micro_batch_size gradient_checkpointing compile eval_every_steps eval_sequences log_every_steps "
-    "save_every_steps keep_last resume".split()
+    {
+        "micro_batch_size",
+        "gradient_checkpointing",
+        "compile",
+        "eval_every_steps",
+        "eval_sequences",
+        "log_every_steps",
+        "save_every_steps",
+        "keep_last",
+        "resume",
+    }
 )
 
 

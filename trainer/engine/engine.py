@@ -42,7 +42,7 @@ class Engine:
         wrap = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
         self._accelerator = Accelerator(cpu=on_cpu, mixed_precision=precision, kwargs_handlers=[wrap, *group])
         # Counts and votes are host numbers: on their own group they never make a GPU wait.
-        self._host_group = torch.distributed.new_group(backend="gloo") if self.world > 1 else None
+        self._host_group: Any = torch.distributed.new_group(backend="gloo") if self.world > 1 else None
 
     @property
     def rank(self) -> int:
@@ -63,10 +63,11 @@ class Engine:
     @property
     def unwrapped(self) -> nn.Module:
         """The model without what the launcher's strategy put around it."""
-        return self._accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        return self._prepared
 
     def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Move the model to the device and wrap it; from now on `self.model` is the one to call."""
+        self._prepared = model
         self.model, self.optimizer = self._accelerator.prepare(model, optimizer)
 
     def begin_step(self, step: int, learning_rate: float, seed: int) -> None:

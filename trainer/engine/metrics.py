@@ -116,8 +116,13 @@ class Log:
         self._board = SummaryWriter(str(folder / "tensorboard"))
         if self.console.is_terminal:
             self._bar = Progress(
-                TextColumn(title), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
-                TextColumn("{task.fields[now]}"), console=self.console,
+                TextColumn(title),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[now]}"),
+                console=self.console,
             )
             self._task = self._bar.add_task(title, total=max_steps, now="")
 
@@ -141,7 +146,10 @@ class Log:
         """Append one object to metrics.jsonl and its numbers to TensorBoard."""
         if not self._is_main:
             return
-        row = {name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in values.items()}
+        row = {
+            name: None if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in values.items()
+        }
         self._file.write(json.dumps({"event": event, "step": step, **row}, allow_nan=False) + "\n")
         for name, value in values.items():
             if isinstance(value, int | float):

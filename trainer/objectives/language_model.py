@@ -12,7 +12,9 @@ from trainer.objectives.loss import LossSum, Term
 def language_model(model: nn.Module, batch: Batch) -> LossSum:
     """Sum over targets of -log p(target), in nats, with the number of targets hit by the most probable token."""
     logits_NV = forward_batch(model, batch).logits_NV
-    return LossSum({"loss": Term(cross_entropy(logits_NV, batch.targets))}, {"accuracy": hits(logits_NV, batch.targets)})
+    return LossSum(
+        {"loss": Term(cross_entropy(logits_NV, batch.targets))}, {"accuracy": hits(logits_NV, batch.targets)}
+    )
 
 
 def cross_entropy(logits_NV: Tensor, targets_N: Tensor) -> Tensor:

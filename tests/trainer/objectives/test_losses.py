@@ -29,7 +29,9 @@ def one_document_batch(tokens_in_memory, tokenizer, causal):
 @pytest.mark.parametrize("architecture", ["bert", "gpt2"])
 def test_loss_is_transformers_own(architecture, tokens_in_memory, tiny_tokenizer):
     causal = architecture == "gpt2"
-    model = build(Model(architecture=architecture, config=GPT2 if causal else BERT), tiny_tokenizer, causal, 30, 0).eval()
+    model = build(
+        Model(architecture=architecture, config=GPT2 if causal else BERT), tiny_tokenizer, causal, 30, 0
+    ).eval()
     batch = one_document_batch(tokens_in_memory, tiny_tokenizer, causal)
     ours = language_model(LanguageModel(model), batch).terms["loss"].total
     labels = torch.full_like(batch.input_ids, NO_TARGET).flatten()
@@ -94,7 +96,9 @@ def test_a_student_equal_to_its_teacher_has_only_the_hard_loss(tokens_in_memory,
     loss = Distillation(LanguageModel(model), 2.0, DistillWeights())(LanguageModel(model), batch)
     assert loss.terms["soft"].total.item() == pytest.approx(0, abs=1e-4)
     assert loss.terms["hidden"].total.item() == pytest.approx(0, abs=1e-3)
-    assert loss.terms["hard"].total.item() == pytest.approx(language_model(LanguageModel(model), batch).terms["loss"].total.item())
+    assert loss.terms["hard"].total.item() == pytest.approx(
+        language_model(LanguageModel(model), batch).terms["loss"].total.item()
+    )
 
 
 def test_padding_does_not_count_for_hidden_states(tokens_in_memory, tiny_tokenizer):

@@ -1,0 +1,85 @@
+"""What the benchmark feeds: one batch of real text for each shape, and the batches on which quality is measured.
+They are made once from the recipe's seed, so that every backend gets the same.
+
+Shape letters: B batch, T sequence length.
+"""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from export.cases import Documents, full_rows
+from export.io_spec import IoSpec
+from trainer.errors import UserError
+
+METRICS = {"masked_lm": "masked_accuracy", "causal_lm": "perplexity"}
+_QUALITY_BATCH = 8
+_MASKED_SHARE = 0.15  # BERT's (Devlin et al. 2019); all targets become [MASK], which leaves nothing else to chance
+_NOT_A_TARGET = -100
+_MIN_ROW_TOKENS = 8  # shorter pieces of text give hardly any context to predict from
+
+
+def speed_arrays(documents: Documents, spec: IoSpec, shapes: Sequence[tuple[int, int]]) -> dict[str, np.ndarray]:
+    """`cell<i>|<input>` for each (batch, length): rows filled with real tokens to their full length."""
+    arrays = {}
+    for index, (batch, length) in enumerate(shapes):
+        for name, value in full_rows(documents, spec, batch, length).inputs.items():
+            arrays[f"cell{index}|{name}"] = value
+    return arrays
+
+
+def quality_batches(
+    documents: Documents, spec: IoSpec, folder: Path, length: int, sequences: int, seed: int
+) -> list[dict[str, np.ndarray]]:
+    """Padded batches of up to `sequences` rows, each a piece of one document of at most `length` tokens.
+
+    Masked LMs: 15 % of a row's tokens, at least one and none of them special, are masked; `labels` holds them.
+    """
+    rows = [row for _, row in zip(range(sequences), _pieces(documents, length), strict=False)]
+    if not rows:
+        raise UserError(
+            "no document is long enough to measure quality on", f"{_MIN_ROW_TOKENS} tokens", "use more text"
+        )
+    random = np.random.default_rng(seed)
+    masks = _special_tokens(folder) if spec.task == "masked_lm" else None
+    batches = []
+    for first in range(0, len(rows), _QUALITY_BATCH):
+        chunk = rows[first : first + _QUALITY_BATCH]
+        inputs = spec.pad(chunk, length)
+        if masks is not None:
+            inputs["labels"] = _mask(inputs["input_ids"], chunk, *masks, random)
+        batches.append(inputs)
+    return batches
+
+
+def _pieces(documents: Documents, length: int) -> Iterator[np.ndarray]:
+    for document in documents:
+        for start in range(0, len(document), length):
+            if len(document) - start >= min(_MIN_ROW_TOKENS, length):
+                yield document[start : start + length]
+
+
+def _mask(
+    ids_BT: np.ndarray, rows: Sequence[np.ndarray], mask_id: int, special: np.ndarray, random: np.random.Generator
+) -> np.ndarray:
+    """Mask tokens of `ids_BT` in place; returns the labels, with -100 where a token is no target."""
+    labels_BT = np.full_like(ids_BT, _NOT_A_TARGET)
+    for index, row in enumerate(rows):
+        allowed = np.flatnonzero(~np.isin(row, special))
+        count = min(len(allowed), max(1, round(_MASKED_SHARE * len(row))))
+        chosen = random.choice(allowed, size=count, replace=False)
+        labels_BT[index, chosen] = ids_BT[index, chosen]
+        ids_BT[index, chosen] = mask_id
+    return labels_BT
+
+
+def _special_tokens(folder: Path) -> tuple[int, np.ndarray]:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    if tokenizer.mask_token_id is None:
+        raise UserError(
+            f"the tokenizer in {folder} has no mask token", "one, as every masked LM's", "mend the tokenizer"
+        )
+    return tokenizer.mask_token_id, np.asarray(tokenizer.all_special_ids)

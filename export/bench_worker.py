@@ -1,0 +1,156 @@
+"""The fresh process that measures one model in one backend: speed of each shape, then quality, written as JSON.
+Which models, shapes and inputs, and whether a backend may be measured at all, `bench` decides.
+
+It reads a job file and the arrays beside it, and imports only what its backend needs. Shape letters: B batch,
+T sequence length, V vocabulary, N targets.
+"""
+
+import json
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from export.runners import Runner, open_runner
+from export.windows import Clock, Measurement, Settings, SystemClock, measure
+from trainer.artifact import write_json
+from trainer.errors import UserError
+
+# torch.compile against eager, both fp32: other kernels in another order of addition; 10 times what was seen (1e-6).
+_COMPILED_RELATIVE_RMS = 1e-5
+Inputs = dict[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Job:
+    """What one worker does. Arrays lie in `arrays`, an .npz: `cell<i>|<input>`, `quality<i>|<input>` and, for
+    masked accuracy, `quality<i>|labels` (-100 where a token is no target)."""
+
+    folder: str
+    backend: Any
+    cells: int
+    quality_batches: int
+    metric: str | None
+    settings: Settings
+    arrays: str
+
+    @staticmethod
+    def read(path: Path) -> "Job":
+        record = json.loads(path.read_text(encoding="utf-8"))
+        return Job(**{**record, "settings": Settings(**record["settings"])})
+
+
+def main(path: Path) -> None:
+    """Do the job in file `path` and write `<path>.result`."""
+    job = Job.read(path)
+    with np.load(job.arrays) as archive:
+        arrays = {name: archive[name] for name in archive.files}
+    runner = open_runner(Path(job.folder), job.backend, job.settings.threads)
+    cells = [_named(arrays, f"cell{index}|") for index in range(job.cells)]
+    rows = [measure_row(runner, inputs, job.settings, SystemClock()) for inputs in cells]
+    if job.backend == "compile":
+        check_compiled(runner, open_runner(Path(job.folder), "eager", job.settings.threads), cells)
+    batches = [_named(arrays, f"quality{index}|") for index in range(job.quality_batches)]
+    value = quality(runner, batches, job.metric) if job.metric else None
+    write_json(Path(f"{path}.result"), {"rows": rows, "quality": value})
+
+
+def measure_row(runner: Runner, inputs: Inputs, settings: Settings, clock: Clock) -> dict[str, Any]:
+    """Measured part of a report row for one batch of inputs."""
+    reset_peak_memory()
+    found = measure(lambda: runner.run(inputs), settings, clock)
+    batch_size, real_tokens = len(inputs["attention_mask"]), int(inputs["attention_mask"].sum())
+    return describe(found, batch_size, real_tokens) | {"peak_memory_mib": peak_memory_mib()}
+
+
+def describe(found: Measurement, batch_size: int, real_tokens: int) -> dict[str, Any]:
+    """A measurement as report columns; speeds only where it is stable."""
+    row: dict[str, Any] = {
+        "status": "ok" if found.stable else "unstable",
+        "reason": found.reason,
+        "cpu_share": round(found.lowest_share, 3),
+        "windows": len(found.windows),
+        "contended_windows": found.contended,
+    }
+    if not found.stable:
+        return row
+    calls_s = found.calls_s
+    p50_s, p90_s, p99_s = np.percentile(calls_s, [50, 90, 99])
+    return row | {
+        "p50_ms": p50_s * 1e3,
+        "p90_ms": p90_s * 1e3,
+        "p99_ms": p99_s * 1e3,
+        "calls": len(calls_s),
+        "samples_per_s": batch_size * len(calls_s) / calls_s.sum(),
+        "real_tokens_per_s": real_tokens * len(calls_s) / calls_s.sum(),
+    }
+
+
+def check_compiled(compiled: Runner, eager: Runner, cells: list[Inputs]) -> None:
+    """Raise UserError if torch.compile changed the model's results on any measured batch."""
+    for inputs in cells:
+        actual, source = compiled.run(inputs)["logits"], eager.run(inputs)["logits"]
+        error = float(np.sqrt(np.square(actual - source).mean() / np.square(source).mean()))
+        if not error <= _COMPILED_RELATIVE_RMS:
+            raise UserError(
+                f"compiled outputs differ from eager ones by relative_rms {error:.2g} at {source.shape}",
+                f"at most {_COMPILED_RELATIVE_RMS:g}",
+            )
+
+
+def quality(runner: Runner, batches: list[Inputs], metric: str) -> float:
+    """masked_accuracy: share of masked tokens that get the highest logit. perplexity: exp of the mean negative
+    log-likelihood of each token given those before it in its row. Both over all batches."""
+    total, count = 0.0, 0
+    for batch in batches:
+        inputs = {name: value for name, value in batch.items() if name != "labels"}
+        logits_BTV = runner.run(inputs)["logits"]
+        sums = _correct(logits_BTV, batch["labels"]) if metric == "masked_accuracy" else _nll(logits_BTV, inputs)
+        total, count = total + sums[0], count + sums[1]
+    return float(np.exp(total / count)) if metric == "perplexity" else total / count
+
+
+def reset_peak_memory() -> None:
+    """Begin a new high-water mark of this process's memory (Linux: proc_pid_clear_refs(5), value 5)."""
+    path = Path("/proc/self/clear_refs")
+    if path.exists():
+        path.write_text("5")
+
+
+def peak_memory_mib() -> float | None:
+    """Most memory that this process had resident since the last reset (VmHWM); None where Linux does not tell."""
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return None
+    lines = dict(line.split(":", 1) for line in status.read_text().splitlines())
+    return int(lines["VmHWM"].split()[0]) / 1024
+
+
+def _correct(logits_BTV: np.ndarray, labels_BT: np.ndarray) -> tuple[float, int]:
+    target_BT = labels_BT >= 0
+    right_N = logits_BTV[target_BT].argmax(axis=1) == labels_BT[target_BT]
+    return float(right_N.sum()), len(right_N)
+
+
+def _nll(logits_BTV: np.ndarray, inputs: Mapping[str, np.ndarray]) -> tuple[float, int]:
+    target_BT = inputs["attention_mask"][:, 1:].astype(bool)
+    logits_NV = logits_BTV[:, :-1][target_BT].astype(np.float64)
+    labels_N = inputs["input_ids"][:, 1:][target_BT]
+    highest_N = logits_NV.max(axis=1)
+    log_total_N = np.log(np.exp(logits_NV - highest_N[:, None]).sum(axis=1)) + highest_N
+    return float((log_total_N - logits_NV[np.arange(len(labels_N)), labels_N]).sum()), len(labels_N)
+
+
+def _named(arrays: Mapping[str, np.ndarray], prefix: str) -> Inputs:
+    return {name.removeprefix(prefix): value for name, value in arrays.items() if name.startswith(prefix)}
+
+
+if __name__ == "__main__":
+    try:
+        main(Path(sys.argv[1]))
+    except UserError as error:  # `bench` puts the last line into the report
+        print(str(error).replace("\n", "; "), file=sys.stderr)
+        raise SystemExit(error.exit_code) from None

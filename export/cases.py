@@ -1,0 +1,108 @@
+"""Real tokenized text for the parity gate and the benchmark: validation documents of the recipe, or, for a model that
+came without data, the sources of Python's standard library. Running models on it is left to others.
+
+Shape letters: B batch, T sequence length.
+"""
+
+import sysconfig
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+
+from export.io_spec import IoSpec
+from trainer.config import Recipe
+from trainer.errors import UserError
+
+Documents = Sequence[np.ndarray]
+# Enough for any grid of cases; reading all of a large corpus would only cost time.
+_MAX_DOCUMENTS = 512
+_STDLIB_FILES = 40
+
+
+@dataclass(frozen=True)
+class Case:
+    """One batch to compare on."""
+
+    name: str
+    inputs: dict[str, np.ndarray]
+
+    @property
+    def mask_BT(self) -> np.ndarray:
+        return self.inputs["attention_mask"].astype(bool)
+
+
+def load_documents(recipe: Recipe, model: Path, limit: int = _MAX_DOCUMENTS) -> list[np.ndarray]:
+    """Token ids (int64) of up to `limit` documents: of the recipe's validation split, else the standard library's text.
+
+    Raises UserError when neither can be had: no shards yet, or no tokenizer in the model's folder.
+    """
+    if recipe.prepare is None:
+        return stdlib_documents(model)[:limit]
+    from trainer.data.shards import TokenShards
+
+    shards = TokenShards.open(recipe.data_dir, "validation")
+    step = max(1, -(-len(shards) // limit))  # evenly spaced, as the documents of one source stand together
+    documents = [shards.read(index) for index in range(0, len(shards), step)]
+    if not documents:
+        raise UserError(f"{recipe.data_dir} has no validation documents", "some", "raise prepare.validation_fraction")
+    return documents
+
+
+def stdlib_documents(model: Path) -> list[np.ndarray]:
+    """Source files of Python's standard library in the tokens of the model's own tokenizer."""
+    from transformers import AutoTokenizer
+
+    if not any((model / name).is_file() for name in ("tokenizer.json", "vocab.txt", "vocab.json", "spiece.model")):
+        raise UserError(f"{model} has no tokenizer files", "a tokenizer beside the model", "save it into that folder")
+    tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True)
+    files = islice(sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")), _STDLIB_FILES)
+    texts = [file.read_text(encoding="utf-8", errors="replace") for file in files]
+    encoded = (tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] for text in texts if text)
+    return [np.asarray(ids, dtype=np.int64) for ids in encoded]
+
+
+def make_cases(
+    documents: Documents, spec: IoSpec, shapes: Sequence[tuple[int, int]], longest: int, seed: int = 0
+) -> list[Case]:
+    """Padded batches of real text: the given (batch, length) shapes as far as the model takes them, and the edges.
+
+    In a batch the first row is full and the others have unequal lengths, each at least 1. The edges are lengths 1 and
+    `longest` or the model's own maximum, in batches of one (and of two for length 1).
+    """
+    edge = min(longest, spec.max_length)
+    fitting = [shape for shape in shapes if shape[1] <= spec.max_length]
+    wanted = dict.fromkeys([(1, 1), (2, 1), *fitting, (1, edge)])
+    random = np.random.default_rng(seed)
+    text = tokens(documents, spec, sum(batch * length for batch, length in wanted))
+    cases = []
+    for batch, length in wanted:
+        lengths_B = random.integers(1, length, size=batch, endpoint=True)
+        lengths_B[0] = length
+        rows = [np.fromiter(islice(text, int(length)), dtype=np.int64) for length in lengths_B]
+        cases.append(Case(f"{batch}x{length}", spec.pad(rows, length)))
+    return cases
+
+
+def full_rows(documents: Documents, spec: IoSpec, batch: int, length: int) -> Case:
+    """A batch for measuring speed: every position holds a token of real text, nothing is padding."""
+    text = tokens(documents, spec, batch * length)
+    rows = [np.fromiter(islice(text, length), dtype=np.int64) for _ in range(batch)]
+    return Case(f"{batch}x{length}", spec.pad(rows, length))
+
+
+def tokens(documents: Documents, spec: IoSpec, needed: int) -> Iterator[int]:
+    """The documents' tokens one after another, from the start again if they are fewer than `needed`.
+
+    Raises UserError if there are none, or if they do not fit the model's vocabulary.
+    """
+    stream = np.concatenate([np.empty(0, dtype=np.int64), *documents])
+    if not len(stream):
+        raise UserError("there is no text to run the model on", "documents with tokens", "check the prepared data")
+    if stream.max() >= spec.vocab_size:
+        raise UserError(
+            f"the text holds token {stream.max()}", f"ids below {spec.vocab_size}, the model's", "mend the tokenizer"
+        )
+    return iter(np.resize(stream, max(needed, 1)).tolist())

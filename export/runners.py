@@ -1,0 +1,114 @@
+"""One face over PyTorch, torch.compile and ONNX Runtime: `run(inputs) -> outputs`, numpy arrays by name.
+What the inputs hold, and what is made of the outputs, is the caller's business.
+
+torch is imported only by the backends that need it, so that an ONNX process holds ONNX Runtime's memory alone.
+"""
+
+import os
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import psutil
+
+from export.io_spec import Port, read_spec
+from trainer.config import Backend
+from trainer.errors import UserError
+
+ONNX_FILES = {"onnx_fp32": "model.onnx", "onnx_int8": "model_quantized.onnx"}
+Arrays = dict[str, np.ndarray]
+
+
+class Runner(Protocol):
+    """A loaded model in some backend."""
+
+    def run(self, inputs: Mapping[str, np.ndarray]) -> Arrays: ...
+
+
+@dataclass(frozen=True)
+class OnnxRunner:
+    """A graph in ONNX Runtime, with the signature that its file declares."""
+
+    session: Any
+    inputs: tuple[Port, ...]
+    outputs: tuple[Port, ...]
+
+    def run(self, inputs: Mapping[str, np.ndarray]) -> Arrays:
+        """All outputs for `inputs`; raises ONNX Runtime's error where the graph cannot take them."""
+        values = self.session.run(None, dict(inputs))
+        return dict(zip((port.name for port in self.outputs), values, strict=True))
+
+
+@dataclass(frozen=True)
+class TorchRunner:
+    """A model folder in PyTorch, as it is or compiled."""
+
+    call: Callable[..., Any]
+    input_names: tuple[str, ...]
+    output_names: tuple[str, ...]
+
+    def run(self, inputs: Mapping[str, np.ndarray]) -> Arrays:
+        """All outputs for `inputs`."""
+        import torch
+
+        with torch.inference_mode():
+            value = self.call(*(torch.from_numpy(inputs[name]) for name in self.input_names))
+        return {self.output_names[0]: value.numpy()}
+
+
+def open_runner(folder: Path, backend: Backend, threads: int) -> Runner:
+    """A runner for `folder` (a model folder for eager and compile, an export folder for the others).
+
+    Raises UserError where the folder lacks the backend's file, or the backend is not installed as asked.
+    """
+    if backend in ONNX_FILES:
+        return open_onnx(folder / ONNX_FILES[backend], threads)
+    return open_torch(folder, threads, compiled=backend == "compile")
+
+
+def open_onnx(path: Path, threads: int, provider: str = "CPUExecutionProvider") -> OnnxRunner:
+    """A graph file in ONNX Runtime, on exactly the provider that was asked for."""
+    import onnxruntime
+
+    if not path.is_file():
+        raise UserError(f"{path} is not there", "an exported model", "run `lmworks export` first")
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(path, options, providers=[provider])
+    if session.get_providers()[0] != provider:  # ONNX Runtime goes on with the CPU when another provider fails
+        raise UserError(f"ONNX Runtime took {session.get_providers()[0]}", provider, "install the matching onnxruntime")
+    return OnnxRunner(session, _ports(session.get_inputs()), _ports(session.get_outputs()))
+
+
+def open_torch(folder: Path, threads: int, compiled: bool = False) -> TorchRunner:
+    """A model folder in PyTorch on the CPU; compiled: by inductor, once for all shapes. Sets torch's thread count."""
+    import torch
+
+    from export.to_onnx import Traceable, load_model
+
+    torch.set_num_threads(threads)
+    spec = read_spec(folder)
+    model: Any = Traceable(load_model(folder, spec), spec).eval()
+    call = torch.compile(model, dynamic=True) if compiled else model
+    return TorchRunner(call, tuple(port.name for port in spec.inputs), tuple(port.name for port in spec.outputs))
+
+
+def usable_threads() -> int:
+    """Physical cores that this process may use: a second thread on one core only gets in the first one's way."""
+    logical = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(logical, psutil.cpu_count(logical=False) or logical))
+
+
+def _ports(declared: Any) -> tuple[Port, ...]:
+    numpy_names = {"float": "float32", "double": "float64"}
+    found = []
+    for value in declared:
+        inner = re.fullmatch(r"tensor\((\w+)\)", value.type)
+        name = inner.group(1) if inner else value.type
+        found.append(Port(value.name, numpy_names.get(name, name), tuple(value.shape)))
+    return tuple(found)

@@ -1,0 +1,180 @@
+"""How fast a BERT-base-sized teacher and its 6-layer student answer on the CPU in every exported form, against PyTorch
+eager of the teacher. Run by hand: python tests/benchmarks/inference.py [--out results.json]; no test depends on it.
+
+Weights are random (speed does not depend on them), the text is Python's standard library in a WordPiece vocabulary of
+30,522. Every variant lives in a process of its own and all take their windows in turn, round after round, so that
+whatever else the machine does hits all of them alike; a round's ratio is against the teacher of the same round.
+"""
+
+import argparse
+import multiprocessing
+import sys
+import sysconfig
+import tempfile
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from export.bench import describe_machine
+from export.cases import full_rows, stdlib_documents
+from export.export import export_model
+from export.io_spec import read_spec
+from export.runners import open_runner
+from export.windows import MIN_CPU_SHARE, Settings, SystemClock, Window, take_window
+from trainer.artifact import read_artifact, versions, write_json
+from trainer.config import Backend, Export, Recipe
+
+BATCH, LENGTH, THREADS = 1, 128, 2
+STUDENT_LAYERS = (0, 2, 4, 7, 9, 11)  # DistilBERT's choice (Sanh et al. 2019)
+ROUNDS, MOST_ROUNDS, WINDOW_S = 8, 60, 1.0
+# Random weights make near-ties of all logits: what int8 does to the order of tokens says nothing here.
+EXPORT = Export.model_validate({"parity": {"int8": {"relative_rms": 0.1}, "shapes": [[1, 7], [3, 33]]}})
+HEADS = ("BertForMaskedLM", "BertForSequenceClassification")
+
+
+@dataclass(frozen=True)
+class Variant:
+    model: str
+    backend: Backend
+    folder: Path
+
+
+def main() -> None:
+    """Build, export, measure both heads, and write the results."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, help="write the results to this JSON file")
+    parser.add_argument("--rounds", type=int, default=ROUNDS)
+    arguments = parser.parse_args()
+    results = {
+        "command": "python tests/benchmarks/inference.py --out results.json",
+        "machine": describe_machine(THREADS),
+        "versions": versions(),
+        "input": {"batch_size": BATCH, "sequence_length": LENGTH, "real_tokens": BATCH * LENGTH},
+        "method": f"rounds until {arguments.rounds} count for each variant, {MOST_ROUNDS} at most; in each a window of "
+        f"{WINDOW_S} s of every variant in turn; windows with less than {MIN_CPU_SHARE:.0%} of the CPU time wanted are "
+        "not counted; speedup is the median over rounds of the teacher's eager median over the variant's",
+    }
+    with tempfile.TemporaryDirectory() as scratch:
+        for head in HEADS:
+            results[head] = measure_head(head, Path(scratch) / head, arguments.rounds)
+    if arguments.out:
+        write_json(arguments.out, results)
+
+
+def measure_head(head: str, root: Path, rounds: int) -> dict[str, Any]:
+    """Rows of all variants of teacher and student with one head."""
+    folders = build_models(head, root)
+    documents = stdlib_documents(folders["teacher"])
+    variants, parity = [], {}
+    for name, folder in folders.items():
+        target = export_model(Recipe(run_dir=root), EXPORT, name, folder, documents)
+        parity |= {(name, proof["what"]): proof["metrics"] for proof in read_artifact(target)["evidence"]}
+        variants.append(Variant(name, "eager", folder))
+        variants += [Variant(name, "onnx_fp32", target), Variant(name, "onnx_int8", target)]
+    inputs = full_rows(documents, read_spec(folders["teacher"]), BATCH, LENGTH).inputs
+    windows = interleave(variants, inputs, rounds)
+    rows = []
+    for variant, taken in zip(variants, windows, strict=True):
+        rows.append(describe(variant, taken, windows[0], parity))
+        print(head, rows[-1], flush=True)
+    return {"rows": rows}
+
+
+def build_models(head: str, root: Path) -> dict[str, Path]:
+    """A BERT-base with this head and its 6-layer student, each with the tokenizer beside it."""
+    import torch
+    import transformers
+
+    kind = getattr(transformers, head)
+    torch.manual_seed(0)
+    teacher = kind(transformers.BertConfig()).eval()
+    student = kind(transformers.BertConfig(num_hidden_layers=len(STUDENT_LAYERS))).eval()
+    state = {name: value for name, value in teacher.state_dict().items() if ".layer." not in name}
+    student.load_state_dict(state, strict=False)
+    for index, layer in enumerate(STUDENT_LAYERS):
+        student.bert.encoder.layer[index].load_state_dict(teacher.bert.encoder.layer[layer].state_dict())
+    tokenizer = train_tokenizer(teacher.config.vocab_size)
+    folders = {"teacher": root / "teacher_model", "student": root / "student_model"}
+    for model, folder in zip((teacher, student), folders.values(), strict=True):
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    return folders
+
+
+def train_tokenizer(vocabulary: int) -> Any:
+    """WordPiece on the standard library's sources."""
+    from tokenizers import BertWordPieceTokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    inner = BertWordPieceTokenizer(lowercase=True)
+    texts = (path.read_text(errors="replace") for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")))
+    inner.train_from_iterator(texts, vocab_size=vocabulary, min_frequency=1, show_progress=False)
+    return PreTrainedTokenizerFast(tokenizer_object=inner._tokenizer, pad_token="[PAD]", mask_token="[MASK]")
+
+
+def interleave(variants: list[Variant], inputs: dict[str, np.ndarray], rounds: int) -> list[list[Window]]:
+    """Windows of each variant, one a round, taken in turn by processes that wait while another measures."""
+    context = multiprocessing.get_context("spawn")
+    connections = []
+    for variant in variants:
+        here, there = context.Pipe()
+        context.Process(target=serve, args=(variant, inputs, there), daemon=True).start()
+        here.recv()  # loaded and warm
+        connections.append(here)
+    taken: list[list[Window]] = [[] for _ in variants]
+    while len(taken[0]) < MOST_ROUNDS and min(len(counted_pairs(taken[0], windows)) for windows in taken) < rounds:
+        for connection, windows in zip(connections, taken, strict=True):
+            connection.send("window")
+            windows.append(connection.recv())
+    for connection in connections:
+        connection.send("end")
+    return taken
+
+
+def counted_pairs(teacher: list[Window], taken: list[Window]) -> list[tuple[Window, Window]]:
+    """The windows of those rounds in which both variants had the CPU."""
+    pairs = zip(teacher, taken, strict=True)
+    return [pair for pair in pairs if min(window.cpu_share for window in pair) >= MIN_CPU_SHARE]
+
+
+def serve(variant: Variant, inputs: dict[str, np.ndarray], connection: Connection) -> None:
+    """A variant's process: load, warm up, then one window for each request."""
+    runner = open_runner(variant.folder, variant.backend, THREADS)
+    settings, clock = Settings(THREADS, WINDOW_S, max_windows=3, stability=0.1), SystemClock()
+    take_window(lambda: runner.run(inputs), settings, clock)
+    connection.send("ready")
+    while connection.recv() == "window":
+        runner.run(inputs)
+        connection.send(take_window(lambda: runner.run(inputs), settings, clock))
+
+
+def describe(
+    variant: Variant, taken: list[Window], teacher: list[Window], parity: dict[tuple[str, str], dict[str, Any]]
+) -> dict[str, Any]:
+    """One row: latency over counted windows, ratio to the teacher's eager over rounds in which both count."""
+    counted = [window for window in taken if window.cpu_share >= MIN_CPU_SHARE]
+    both = counted_pairs(teacher, taken)
+    medians_ms = [window.median_s * 1e3 for window in counted]
+    ratios = [base.median_s / window.median_s for base, window in both]
+    row: dict[str, Any] = {
+        "model": variant.model,
+        "backend": variant.backend,
+        "windows": len(counted),
+        "contended_windows": len(taken) - len(counted),
+    }
+    if counted:
+        row |= {"median_ms": float(np.median(medians_ms)), "best_window_ms": min(medians_ms)}
+        row["lowest_cpu_share"] = min(window.cpu_share for window in counted)
+    if both:
+        row |= {"speedup": float(np.median(ratios)), "speedup_range": [min(ratios), max(ratios)]}
+    proof = parity.get((variant.model, f"parity_{variant.backend.removeprefix('onnx_')}"))
+    return row | ({"parity": proof} if proof else {})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,97 @@
+"""Tiny models of every supported architecture, with a tokenizer, built from configs: weights large enough that every
+layer, position and mask shows in the logits."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers as hf
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+VOCABULARY = 300
+MAX_LENGTH = 48
+_TEXT = "def add(first, second):\n    return first + second\n\nclass Point:\n    x = 0\n    y = 1\n"
+_IDS = {"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3}
+_BERT = {
+    "vocab_size": VOCABULARY,
+    "num_hidden_layers": 2,
+    "hidden_size": 32,
+    "num_attention_heads": 4,
+    "intermediate_size": 64,
+    "max_position_embeddings": MAX_LENGTH,
+    "pad_token_id": 0,
+}
+_DISTIL = {"vocab_size": VOCABULARY, "n_layers": 2, "dim": 32, "n_heads": 4, "hidden_dim": 64, "pad_token_id": 0}
+_GPT2 = {"vocab_size": VOCABULARY, "n_layer": 2, "n_embd": 32, "n_head": 4, "n_positions": MAX_LENGTH}
+_LLAMA = {**_BERT, "num_key_value_heads": 2}
+_MODERN = {**_BERT, "local_attention": 8, "global_attn_every_n_layers": 2, "cls_token_id": 2, "sep_token_id": 3}
+
+CONFIGS = {
+    "bert": (hf.BertForMaskedLM, lambda: hf.BertConfig(**_BERT)),
+    "distilbert": (
+        hf.DistilBertForMaskedLM,
+        lambda: hf.DistilBertConfig(max_position_embeddings=MAX_LENGTH, **_DISTIL),
+    ),
+    "roberta": (
+        hf.RobertaForMaskedLM,
+        lambda: hf.RobertaConfig(**{**_BERT, "max_position_embeddings": MAX_LENGTH + 1}),
+    ),
+    "modernbert": (hf.ModernBertForMaskedLM, lambda: hf.ModernBertConfig(**_MODERN, **_without(_IDS, "pad_token_id"))),
+    "gpt2": (hf.GPT2LMHeadModel, lambda: hf.GPT2Config(**_GPT2, **_without(_IDS, "pad_token_id"))),
+    "llama": (hf.LlamaForCausalLM, lambda: hf.LlamaConfig(**_LLAMA, **_without(_IDS, "pad_token_id"))),
+    "bert_classifier": (hf.BertForSequenceClassification, lambda: hf.BertConfig(num_labels=3, **_BERT)),
+}
+
+
+def _without(values: dict, key: str) -> dict:
+    return {name: value for name, value in values.items() if name != key}
+
+
+def build_model(name: str, seed: int = 0) -> torch.nn.Module:
+    """A model whose weights are drawn anew and wide."""
+    kind, config = CONFIGS[name]
+    model = kind(config()).eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            norm_scale = parameter.ndim == 1 and bool((parameter == 1).all())
+            parameter.normal_(float(norm_scale), 0.1, generator=generator)
+    model.tie_weights()
+    return model
+
+
+def build_tokenizer() -> hf.PreTrainedTokenizerFast:
+    inner = Tokenizer(models.BPE(unk_token="[UNK]"))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    inner.train_from_iterator(
+        [_TEXT], trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=SPECIAL, initial_alphabet=alphabet)
+    )
+    names = dict(zip(("pad_token", "unk_token", "cls_token", "sep_token", "mask_token"), SPECIAL, strict=True))
+    return hf.PreTrainedTokenizerFast(tokenizer_object=inner, **names)
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Gives the folder of a tiny model by name and seed, built once."""
+    root = tmp_path_factory.mktemp("models")
+
+    def give(name: str, seed: int = 0) -> Path:
+        folder = root / f"{name}-{seed}"
+        if not folder.exists():
+            build_model(name, seed).save_pretrained(folder)
+            build_tokenizer().save_pretrained(folder)
+        return folder
+
+    return give
+
+
+@pytest.fixture(scope="session")
+def documents() -> list[np.ndarray]:
+    """Token ids of a few documents of unequal length."""
+    tokenizer = build_tokenizer()
+    texts = [_TEXT * repeats + f"# {repeats}\n" for repeats in (1, 3, 9)]
+    return [np.asarray(tokenizer(text, add_special_tokens=False)["input_ids"], dtype=np.int64) for text in texts]

@@ -1,0 +1,228 @@
+"""The bench stage: only verified files get figures, every backend sees the same inputs, quality is computed right."""
+
+import json
+import shutil
+
+import numpy as np
+import onnx
+import pytest
+import torch
+
+from export import bench as stage
+from export.bench_inputs import quality_batches, speed_arrays
+from export.bench_worker import check_compiled, describe, peak_memory_mib, quality, reset_peak_memory
+from export.export import export_model
+from export.io_spec import read_spec
+from export.runners import open_torch
+from export.windows import Measurement, Window
+from tests.export.conftest import build_tokenizer
+from trainer.artifact import hash_file, read_artifact, write_json
+from trainer.config import Export, Recipe
+from trainer.errors import GateFailed, UserError
+
+EXPORT = Export.model_validate({"parity": {"shapes": [[2, 9]], "int8": {"relative_rms": 0.15}}})
+
+
+@pytest.fixture(scope="module")
+def exported(model_folder, documents, tmp_path_factory):
+    """A run folder with one exported model `m`; copied by the tests that damage it."""
+    root = tmp_path_factory.mktemp("run")
+    export_model(Recipe(run_dir=root), EXPORT, "m", model_folder("bert"), documents)
+    return root
+
+
+def make_recipe(root, folder, **bench):
+    section = {
+        "backends": ["eager", "onnx_fp32", "onnx_int8"],
+        "batch_sizes": [2],
+        "sequence_lengths": [8, 16],
+        "threads": 1,
+        "window_s": 0.01,
+        "stability": 0.99,
+        "quality_sequences": 20,
+    }
+    export = EXPORT.model_dump() | {"models": {"m": folder}}
+    return Recipe.model_validate({"run_dir": root, "export": export, "bench": section | bench})
+
+
+def subject_of(root, folder, documents, monkeypatch, scratch):
+    monkeypatch.setattr(stage, "load_documents", lambda recipe, model: documents)
+    recipe = make_recipe(root, folder)
+    return stage.prepare_subject(recipe, recipe.bench, "m", folder, scratch)
+
+
+def test_the_whole_stage_writes_its_report(exported, model_folder, documents, monkeypatch, capsys):
+    monkeypatch.setattr(stage, "load_documents", lambda recipe, model: documents)
+    stage.run(make_recipe(exported, model_folder("bert")))
+    report = json.loads((exported / "bench" / "report.json").read_text())
+    assert [(row["backend"], row["batch_size"], row["sequence_length"]) for row in report["rows"]] == [
+        (backend, 2, length) for backend in ("eager", "onnx_fp32", "onnx_int8") for length in (8, 16)
+    ]
+    for row in report["rows"]:
+        assert row["status"] in ("ok", "unstable"), row  # a busy machine makes rows unstable, nothing else may
+        assert row["peak_memory_mib"] > 10
+        assert row["threads"] == 1
+        if row["status"] == "ok":
+            assert 0 < row["p50_ms"] <= row["p90_ms"] <= row["p99_ms"]
+            assert row["real_tokens_per_s"] == pytest.approx(row["samples_per_s"] * row["sequence_length"])
+    sizes = {row["backend"]: row["file_mib"] for row in report["rows"]}
+    assert sizes["onnx_int8"] < sizes["onnx_fp32"]
+    values = {entry["backend"]: entry["value"] for entry in report["quality"]}
+    assert values["eager"] == values["onnx_fp32"]
+    assert {entry["metric"] for entry in report["quality"]} == {"masked_accuracy"}
+    model = open_torch(model_folder("bert"), 1).call.model
+    assert report["models"]["m"]["parameters"] == sum(parameter.numel() for parameter in model.parameters())
+    assert "onnx_int8" in capsys.readouterr().out
+
+
+def damage_file(folder):
+    graph = onnx.load(folder / "model.onnx")
+    graph.producer_name = "another"
+    onnx.save(graph, folder / "model.onnx")
+
+
+def drop_evidence(folder):
+    record = read_artifact(folder)
+    write_json(folder / "artifact.json", record | {"evidence": record["evidence"][1:]})
+
+
+def other_parent(folder):
+    record = read_artifact(folder)
+    write_json(folder / "artifact.json", record | {"parents": {"model": "0" * 64}})
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (damage_file, "model.onnx is not the file that passed parity"),
+        (drop_evidence, "no parity evidence for model.onnx"),
+        (other_parent, "model.onnx was exported from another model"),
+        (lambda folder: (folder / "model.onnx").unlink(), "model.onnx was not exported"),
+        (shutil.rmtree, "model.onnx was not exported"),
+    ],
+)
+def test_rows_without_evidence_are_refused(damage, reason, exported, model_folder, documents, monkeypatch, tmp_path):
+    root = tmp_path / "run"
+    shutil.copytree(exported, root)
+    damage(root / "export" / "m")
+    subject = subject_of(root, model_folder("bert"), documents, monkeypatch, tmp_path)
+    monkeypatch.setattr(stage, "run_worker", None)  # a refused backend starts no process
+    rows, found = stage.measure_backend(subject, "onnx_fp32", make_recipe(root, subject.model).bench, 1, tmp_path)
+    assert [(row["status"], row["reason"]) for row in rows] == [("refused", reason)] * 2
+    assert found == []
+    assert all("p50_ms" not in row for row in rows)
+
+
+def test_verified_files_are_not_refused(exported, model_folder, documents, monkeypatch, tmp_path):
+    subject = subject_of(exported, model_folder("bert"), documents, monkeypatch, tmp_path)
+    assert [stage.refusal(subject, backend) for backend in ("eager", "onnx_fp32", "onnx_int8")] == ["", "", ""]
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert "needs a C++ compiler" in stage.refusal(subject, "compile")
+
+
+def test_a_worker_that_dies_fails_the_stage_after_the_report(exported, model_folder, documents, monkeypatch, tmp_path):
+    """The graph file is no graph, but its evidence was forged to match: ONNX Runtime refuses it in the worker."""
+    root = tmp_path / "run"
+    shutil.copytree(exported, root)
+    file = root / "export" / "m" / "model.onnx"
+    file.write_bytes(b"not a graph")
+    record = read_artifact(file.parent)
+    record["evidence"][0]["sha256"] = hash_file(file)
+    write_json(file.parent / "artifact.json", record)
+    monkeypatch.setattr(stage, "load_documents", lambda recipe, model: documents)
+    recipe = make_recipe(root, model_folder("bert"), backends=["onnx_fp32"])
+    with pytest.raises(GateFailed, match=r"2 rows failed; the first, m onnx_fp32: .*model.onnx"):
+        stage.run(recipe)
+    rows = json.loads((root / "bench" / "report.json").read_text())["rows"]
+    assert [row["status"] for row in rows] == ["failed", "failed"]
+
+
+def test_unstable_measurements_have_no_speed():
+    window = Window((0.1, 0.2), 0.9)
+    row = describe(Measurement(False, "noise", (window,), 4, 0.5), 2, 16)
+    assert row["status"] == "unstable"
+    assert not {"p50_ms", "samples_per_s", "real_tokens_per_s"} & set(row)
+    row = describe(Measurement(True, "", (window, window, window), 1, 0.9), 2, 12)
+    assert row["samples_per_s"] == pytest.approx(2 / 0.15)
+    assert row["real_tokens_per_s"] == pytest.approx(12 / 0.15)
+    assert row["p50_ms"] == pytest.approx(150.0)
+
+
+def test_lengths_beyond_the_models_are_refused(model_folder, tmp_path):
+    recipe = make_recipe(tmp_path, model_folder("bert"), sequence_lengths=[64])
+    with pytest.raises(UserError, match="at most 48, what m takes"):
+        stage.prepare_subject(recipe, recipe.bench, "m", model_folder("bert"), tmp_path)
+
+
+def test_speed_rows_are_full_of_text(documents, model_folder):
+    spec = read_spec(model_folder("bert"))
+    arrays = speed_arrays(documents, spec, [(2, 8), (3, 40)])
+    assert arrays["cell1|attention_mask"].sum() == 120
+    text = np.concatenate(documents)
+    assert arrays["cell1|input_ids"].ravel().tolist() == np.resize(text, 120).tolist()
+
+
+def test_masks_are_deterministic_and_spare_special_tokens(documents, model_folder):
+    folder = model_folder("bert")
+    spec, tokenizer = read_spec(folder), build_tokenizer()
+    marked = [np.concatenate([[2], document, [3]]) for document in documents]
+    first, second = (quality_batches(marked, spec, folder, 16, 50, seed=4) for _ in range(2))
+    assert all((a[key] == b[key]).all() for a, b in zip(first, second, strict=True) for key in a)
+    other = quality_batches(marked, spec, folder, 16, 50, seed=5)
+    assert any((a["labels"] != b["labels"]).any() for a, b in zip(first, other, strict=True))
+    for batch in first:
+        target = batch["labels"] >= 0
+        assert (batch["input_ids"][target] == tokenizer.mask_token_id).all()
+        assert not np.isin(batch["labels"][target], tokenizer.all_special_ids).any()
+        assert not (target & (batch["attention_mask"] == 0)).any()
+        lengths = batch["attention_mask"].sum(axis=1)
+        assert (target.sum(axis=1) == np.maximum(1, np.round(0.15 * lengths))).all()
+
+
+def test_perplexity_is_that_of_the_models_own_loss(documents, model_folder):
+    folder = model_folder("gpt2")
+    spec = read_spec(folder)
+    batches = quality_batches(documents, spec, folder, 16, 50, seed=0)
+    runner = open_torch(folder, 1)
+    total, count = 0.0, 0
+    for batch in batches:
+        labels = np.where(batch["attention_mask"] == 1, batch["input_ids"], -100)
+        inputs = {key: torch.from_numpy(value) for key, value in batch.items()}
+        with torch.no_grad():
+            loss = runner.call.model(**inputs, labels=torch.from_numpy(labels)).loss.item()
+        targets = int((labels[:, 1:] >= 0).sum())
+        total, count = total + loss * targets, count + targets
+    assert quality(runner, batches, "perplexity") == pytest.approx(np.exp(total / count), rel=1e-5)
+
+
+def test_masked_accuracy_counts_hits():
+    logits = np.zeros((1, 3, 4), dtype=np.float32)
+    logits[0, 0, 2] = logits[0, 1, 1] = logits[0, 2, 3] = 1.0
+
+    class Fixed:
+        def run(self, inputs):
+            return {"logits": logits}
+
+    batch = {"input_ids": np.zeros((1, 3), dtype=int), "labels": np.array([[2, 0, -100]])}
+    assert quality(Fixed(), [batch, batch], "masked_accuracy") == 0.5
+
+
+def test_compiled_models_must_agree_with_eager(model_folder):
+    spec = read_spec(model_folder("bert"))
+    cell = spec.pad([np.arange(5, 20)], 15)
+    one, other = open_torch(model_folder("bert"), 1), open_torch(model_folder("bert", 1), 1)
+    check_compiled(one, one, [cell])
+    with pytest.raises(UserError, match="compiled outputs differ"):
+        check_compiled(other, one, [cell])
+
+
+def test_peak_memory_is_of_its_row():
+    reset_peak_memory()
+    base = peak_memory_mib()
+    if base is None:
+        pytest.skip("this system does not tell peak memory")
+    block = np.ones(64 * 2**20 // 8)
+    assert peak_memory_mib() > base + 50
+    del block
+    reset_peak_memory()
+    assert peak_memory_mib() < base + 50

@@ -1,0 +1,155 @@
+"""The export stage on real models of every architecture: what it writes, what it refuses, what it leaves on failure."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import onnx
+import pytest
+from transformers import AutoConfig, AutoTokenizer, BertConfig, BertModel
+
+from export import export as stage
+from export.cases import load_documents
+from export.io_spec import read_spec
+from export.runners import open_runner
+from tests.export.conftest import CONFIGS, MAX_LENGTH
+from trainer import prepare
+from trainer.artifact import content_hash, hash_file, read_artifact
+from trainer.config import Export, Recipe, Tolerance
+from trainer.data.shards import TokenShards
+from trainer.errors import GateFailed, UserError
+
+# Random weights make near-ties of all logits, so that int8 is judged here by its error alone.
+SETTINGS = Export.model_validate({"parity": {"int8": {"relative_rms": 0.15}}})
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_architecture_passes_the_gate_and_is_described(name, model_folder, documents, tmp_path):
+    recipe = Recipe(run_dir=tmp_path, export=SETTINGS)
+    folder = model_folder(name)
+    target = stage.export_model(recipe, SETTINGS, "m", folder, documents)
+    record = read_artifact(target, "onnx")
+    assert record["parents"] == {"model": content_hash(folder)}
+    assert [entry["what"] for entry in record["evidence"]] == ["parity_fp32", "parity_int8"]
+    for entry in record["evidence"]:
+        assert entry["sha256"] == hash_file(target / entry["file"])
+        assert entry["metrics"]["cases"] == len(entry["cases"]) >= 5
+        assert 0 < entry["metrics"]["relative_rms"] < entry["thresholds"]["relative_rms"]
+    assert [case["case"] for case in record["evidence"][0]["cases"]][-1] == f"1x{MAX_LENGTH}"
+    raw = onnx.load(target / "model.onnx")
+    assert {node.domain for node in raw.graph.node} == {""}
+    assert [value.name for value in raw.graph.input] == [port.name for port in read_spec(folder).inputs]
+    quantized = {node.op_type for node in onnx.load(target / "model_quantized.onnx").graph.node}
+    assert "MatMulInteger" in quantized
+    assert AutoConfig.from_pretrained(target).model_type == read_spec(folder).model_type
+    assert AutoTokenizer.from_pretrained(target)("a")["input_ids"]
+    assert not (target / "model.safetensors").exists()
+
+
+def test_int8_alone_has_no_raw_graph_and_a_quantized_head(model_folder, documents, tmp_path):
+    """A tied head is a transposed embedding table: left alone it would stay an fp32 MatMul."""
+    settings = Export(variants=("int8",), parity=SETTINGS.parity)
+    target = stage.export_model(Recipe(run_dir=tmp_path), settings, "m", model_folder("gpt2"), documents)
+    assert [file.name for file in target.glob("*.onnx*")] == ["model_quantized.onnx"]
+    graph = onnx.load(target / "model_quantized.onnx").graph
+    constants = {initializer.name for initializer in graph.initializer}
+    assert not [n.name for n in graph.node if n.op_type in ("MatMul", "Gemm") and constants & set(n.input)]
+    assert not [n.name for n in graph.node if n.op_type == "Transpose" and n.input[0] in constants]
+
+
+def test_a_missed_gate_leaves_nothing_new_behind(model_folder, documents, tmp_path):
+    strict = Export(parity=SETTINGS.parity.model_copy(update={"int8": Tolerance(relative_rms=1e-9)}))
+    recipe = Recipe(run_dir=tmp_path)
+    with pytest.raises(GateFailed, match=r"m int8 \(model_quantized.onnx\): case .*relative_rms"):
+        stage.export_model(recipe, strict, "m", model_folder("bert"), documents)
+    assert list((tmp_path / "export").iterdir()) == []
+    target = stage.export_model(recipe, SETTINGS, "m", model_folder("bert"), documents)
+    before = read_artifact(target)
+    with pytest.raises(GateFailed):
+        stage.export_model(recipe, strict, "m", model_folder("bert", 1), documents)
+    assert read_artifact(target) == before
+
+
+_KILLED = """
+import os, sys
+from pathlib import Path
+import numpy as np
+from export import export as stage
+from trainer.config import Export, Recipe
+stage.quantize = lambda raw, quantized: (quantized.write_bytes(b"half"), os._exit(9))
+documents = [np.arange(5, 200)]
+stage.export_model(Recipe(run_dir=Path(sys.argv[2])), Export(), "m", Path(sys.argv[1]), documents)
+"""
+
+
+def test_a_crash_in_the_middle_leaves_no_export(model_folder, documents, tmp_path):
+    """The process dies while it quantizes; the target is not there, and the next run clears the rest."""
+    command = [sys.executable, "-c", _KILLED, str(model_folder("bert")), str(tmp_path)]
+    assert subprocess.run(command, check=False).returncode == 9
+    assert not (tmp_path / "export" / "m").exists()
+    target = stage.export_model(Recipe(run_dir=tmp_path), SETTINGS, "m", model_folder("bert"), documents)
+    assert list((tmp_path / "export").iterdir()) == [target]
+
+
+def test_stage_exports_a_foreign_folder_on_the_standard_librarys_text(model_folder, tmp_path):
+    """No prepare section, no shards: the text is Python's own, in the model's own tokens."""
+    folder = model_folder("distilbert")
+    recipe = Recipe.model_validate({"run_dir": tmp_path, "export": {"models": {"mine": folder}, "variants": ["fp32"]}})
+    assert max(len(ids) for ids in load_documents(recipe, folder)) > 100
+    stage.run(recipe)
+    outputs = open_runner(tmp_path / "export" / "mine", "onnx_fp32", 1).run(
+        read_spec(folder).pad([np.array([5, 6, 7])], 3)
+    )
+    assert outputs["logits"].shape == (1, 3, 300)
+
+
+def test_text_comes_from_the_validation_split(tmp_path):
+    """Evenly over all its documents, as those of one source stand together; never from the training split."""
+    text = tmp_path / "text.txt"
+    text.write_text("\n".join(f"line {number} of the text" for number in range(200)))
+    recipe = Recipe.model_validate(
+        {
+            "run_dir": tmp_path / "run",
+            "prepare": {
+                "sources": [{"type": "text", "paths": [str(text)], "document": "line"}],
+                "tokenizer": {"type": "wordpiece", "vocab_size": 80},
+                "validation_fraction": 0.4,
+            },
+        }
+    )
+    prepare.run(recipe)
+    shards = TokenShards.open(recipe.data_dir, "validation")
+    assert len(shards) > 40
+    few = load_documents(recipe, tmp_path, limit=10)
+    step = -(-len(shards) // 10)
+    assert [ids.tolist() for ids in few] == [shards.read(i).tolist() for i in range(0, len(shards), step)]
+    assert len(load_documents(recipe, tmp_path)) == len(shards)
+
+
+def test_refusals(tmp_path, model_folder, documents):
+    BertModel(BertConfig(hidden_size=8, num_attention_heads=1, num_hidden_layers=1, vocab_size=9)).save_pretrained(
+        tmp_path / "bare"
+    )
+    cases = [
+        ({"models": {"m": str(tmp_path / "bare")}}, "architecture BertModel .*\n.*BertForMaskedLM"),
+        ({"models": {"m": str(tmp_path / "nothing")}}, "holds no config.json"),
+        ({}, "there is no model to export"),
+    ]
+    for section, message in cases:
+        with pytest.raises(UserError, match=message):
+            stage.run(Recipe.model_validate({"run_dir": tmp_path, "export": section}))
+    with pytest.raises(UserError, match="no section export"):
+        stage.run(Recipe(run_dir=tmp_path))
+    too_large = [*documents, np.array([300])]
+    with pytest.raises(UserError, match="holds token 300"):
+        stage.export_model(Recipe(run_dir=tmp_path), SETTINGS, "m", model_folder("bert"), too_large)
+
+
+def test_tokenizer_is_needed_where_there_are_no_shards(model_folder, tmp_path):
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    config = json.loads((model_folder("bert") / "config.json").read_text())
+    (bare / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="has no tokenizer files"):
+        load_documents(Recipe(run_dir=tmp_path), bare)

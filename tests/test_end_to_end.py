@@ -1,0 +1,60 @@
+"""The whole chain on tiny models and real components: text in, verified and measured ONNX and a report out."""
+
+import json
+
+import numpy as np
+import onnxruntime
+import pytest
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
+
+from trainer.__main__ import main
+
+
+@pytest.mark.parametrize("architecture", ["bert", "gpt2"])
+def test_the_chain(tiny_recipe, tmp_path, capsys, architecture):
+    tree = tiny_recipe(tmp_path / "run", architecture)
+    if architecture == "bert":
+        tree["distill"]["student"] = {"architecture": "distilbert", "every": 2}
+    tree["export"] = {"parity": {"shapes": [[3, 9]]}}
+    tree["bench"] = {
+        "backends": ["eager", "onnx_fp32", "onnx_int8"],
+        "batch_sizes": [1],
+        "sequence_lengths": [16],
+        "window_s": 0.05,
+        "quality_sequences": 8,
+        "threads": 1,
+    }
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(json.dumps(tree))
+    assert main(["run", str(recipe)]) == 0
+    said = capsys.readouterr().out
+    assert "report.html" in said
+    run_dir = tmp_path / "run"
+    summary = json.loads((run_dir / "summary.json").read_text())
+    assert summary["parity_passed"] is True
+    assert summary["student_parameters"] < summary["teacher_parameters"]
+    assert summary["speedup"] == pytest.approx(summary["teacher_latency_ms"] / summary["student_latency_ms"], rel=1e-3)
+    assert summary["teacher_loss"] > 0 and summary["student_loss"] > 0 and summary["seconds"] > 0
+    assert_opens_elsewhere(run_dir, architecture)
+
+    assert main(["run", str(recipe)]) == 0
+    chain = json.loads((run_dir / "chain.json").read_text())["stages"]
+    assert all(stage["skipped"] for stage in chain.values())
+
+
+def assert_opens_elsewhere(run_dir, architecture):
+    """transformers opens the model folder, onnxruntime the exported one, and they say the same."""
+    auto = AutoModelForCausalLM if architecture == "gpt2" else AutoModelForMaskedLM
+    for name, stage in (("teacher", "pretrain"), ("student", "distill")):
+        model = auto.from_pretrained(run_dir / stage / "model").eval()
+        tokenizer = AutoTokenizer.from_pretrained(run_dir / stage / "model")
+        session = onnxruntime.InferenceSession(run_dir / "export" / name / "model.onnx")
+        batch = tokenizer(["abc def gha", "ij"], return_tensors="pt", padding=True)
+        feeds = {item.name: batch[item.name].numpy() for item in session.get_inputs() if item.name in batch}
+        if "position_ids" in {item.name for item in session.get_inputs()}:
+            length = batch["input_ids"].shape[1]
+            feeds["position_ids"] = np.arange(length)[None].repeat(2, axis=0)
+        (logits,) = session.run(["logits"], feeds)
+        expected = model(**{key: value for key, value in batch.items() if key != "token_type_ids"}).logits
+        real = batch["attention_mask"].bool().numpy()
+        np.testing.assert_allclose(logits[real], expected.detach().numpy()[real], atol=1e-4)

@@ -1,0 +1,169 @@
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
+
+from trainer.__main__ import main
+from trainer.artifact import read_artifact
+from trainer.config import Recipe
+from trainer.engine.engine import Engine
+from trainer.errors import UserError
+from trainer.recipe_file import load_recipe
+
+SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+OTHERS = {
+    "roberta": ("gpt2", "masked_lm", SMALL),
+    "modernbert": ("bert", "masked_lm", SMALL | {"local_attention": 8}),
+    "distilbert": ("bert", "masked_lm", {"dim": 32, "n_layers": 2, "n_heads": 2, "hidden_dim": 64}),
+    "llama": ("gpt2", "causal_lm", SMALL | {"num_key_value_heads": 1}),
+}
+
+
+def rows(recipe_path, event):
+    lines = (load_recipe(str(recipe_path)).run_dir / "pretrain" / "metrics.jsonl").read_text().splitlines()
+    return [row for row in map(json.loads, lines) if row["event"] == event]
+
+
+def losses(recipe_path):
+    return [row["loss"] for row in rows(recipe_path, "train")]
+
+
+@pytest.mark.parametrize("architecture", ["bert", "gpt2"])
+def test_the_model_learns_and_its_folder_opens_anywhere(written_recipe, architecture):
+    recipe_path = written_recipe(architecture, max_steps=60, eval_every_steps=30)
+    assert main(["pretrain", str(recipe_path)]) == 0
+    evaluations = rows(recipe_path, "eval")
+    assert evaluations[-1]["loss"] < evaluations[0]["loss"] - 0.2
+    accuracy = "accuracy" if architecture == "gpt2" else "masked_accuracy"
+    assert 0 <= evaluations[-1][accuracy] <= 1
+    assert ("bits_per_byte" in evaluations[-1]) == (architecture == "gpt2")
+    folder = load_recipe(str(recipe_path)).model_dir("pretrain")
+    auto = AutoModelForCausalLM if architecture == "gpt2" else AutoModelForMaskedLM
+    model = auto.from_pretrained(folder)
+    assert model.config.vocab_size == len(AutoTokenizer.from_pretrained(folder))
+    record = read_artifact(folder, "model")
+    assert record["evidence"][0]["metrics"]["loss"] == evaluations[-1]["loss"]
+    assert set(record["parents"]) == {"data", "tokenizer"}
+
+
+@pytest.mark.parametrize("architecture", OTHERS)
+def test_other_architectures_train(written_recipe, architecture):
+    tokenizer_of, objective, config = OTHERS[architecture]
+    recipe_path = written_recipe(
+        tokenizer_of,
+        max_steps=3,
+        model={"architecture": architecture, "config": config},
+        objective={"name": objective},
+    )
+    assert main(["pretrain", str(recipe_path)]) == 0
+    assert len(losses(recipe_path)) == 3
+
+
+def test_concatenated_rows_train(written_recipe):
+    recipe_path = written_recipe("gpt2", data={"sequence_length": 32, "packing": "concatenate"}, max_steps=40)
+    assert main(["pretrain", str(recipe_path)]) == 0
+    assert losses(recipe_path)[-1] < losses(recipe_path)[0] - 0.2
+    assert rows(recipe_path, "train")[-1]["tokens"] == 40 * 8 * 32  # no padding at all
+
+
+def test_gradient_checkpointing_changes_nothing(written_recipe):
+    plain, saving = written_recipe(name="plain"), written_recipe(name="saving", gradient_checkpointing=True)
+    for path in (plain, saving):
+        assert main(["pretrain", str(path)]) == 0
+    assert losses(plain) == losses(saving)
+
+
+def test_bf16_keeps_parameters_in_fp32_and_stays_near(written_recipe):
+    full, half = written_recipe(name="full"), written_recipe(name="half", precision="bf16")
+    for path in (full, half):
+        assert main(["pretrain", str(path)]) == 0
+    assert losses(half) == pytest.approx(losses(full), rel=5e-3)
+    assert losses(half) != losses(full)
+    weights = load_file(load_recipe(str(half)).model_dir("pretrain") / "model.safetensors")
+    assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
+
+
+@pytest.mark.slow
+def test_compiled_blocks_train_alike(written_recipe):
+    dropouts = ("hidden_dropout_prob", "attention_probs_dropout_prob")
+    no_dropout = {"architecture": "bert", "config": SMALL | dict.fromkeys(dropouts, 0.0)}
+    plain = written_recipe(name="plain", max_steps=4, model=no_dropout)
+    compiled = written_recipe(name="compiled", max_steps=4, model=no_dropout, compile=True)
+    for path in (plain, compiled):
+        assert main(["pretrain", str(path)]) == 0
+    assert losses(compiled) == pytest.approx(losses(plain), rel=1e-4)
+
+
+def test_continuing_from_a_folder_begins_where_it_ended(written_recipe):
+    first = written_recipe(name="first")
+    assert main(["pretrain", str(first)]) == 0
+    folder = str(load_recipe(str(first)).model_dir("pretrain"))
+    second = written_recipe(name="second", model={"init_from": folder})
+    assert main(["pretrain", str(second)]) == 0
+    assert rows(second, "eval")[0]["loss"] == pytest.approx(rows(first, "eval")[-1]["loss"], rel=1e-6)
+    assert "init_from" in read_artifact(load_recipe(str(second)).model_dir("pretrain"))["parents"]
+
+
+def test_run_folder_says_what_was_run(written_recipe):
+    recipe_path = written_recipe(max_steps=2)
+    assert main(["pretrain", str(recipe_path), "pretrain.log_every_steps=2"]) == 0
+    folder = load_recipe(str(recipe_path)).stage_dir("pretrain")
+    resolved = load_recipe(str(folder / "recipe.yaml"))
+    assert resolved == load_recipe(str(recipe_path), ["pretrain.log_every_steps=2"])
+    assert json.loads((folder / "launch.json").read_text())["ranks"] == 1
+    assert json.loads((folder / "environment.json").read_text())
+    assert list((folder / "tensorboard").glob("events.*"))
+    row = rows(recipe_path, "train")[0]
+    promised = "step samples tokens loss learning_rate grad_norm_before_clip step_time_s mfu peak_memory_gib"
+    assert set(promised.split()) <= set(row)
+    assert (folder / "checkpoints" / "LATEST").read_text() == "step-00000002\n"
+
+
+def test_clipping_clips(written_recipe):
+    """With SGD-like AdamW steps a clip shows only indirectly, so look at the gradients that the optimizer sees."""
+    recipe = load_recipe(str(written_recipe(max_grad_norm=1e-3, max_steps=1)))
+    seen = []
+    real = torch.optim.AdamW.step
+
+    def look(self, *rest):
+        seen.append(torch.nn.utils.get_total_norm([p.grad for g in self.param_groups for p in g["params"]]).item())
+        return real(self, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.optim.AdamW, "step", look)
+        from trainer.pretrain import run
+
+        run(recipe)
+    assert seen == [pytest.approx(1e-3, rel=1e-3)]
+
+
+def test_no_terminal_no_bar(written_recipe, capfd):
+    assert main(["pretrain", str(written_recipe(max_steps=2))]) == 0
+    said = capfd.readouterr().err
+    assert "\r" not in said and "━" not in said and "it/s" not in said
+
+
+def test_users_mistakes_are_one_message(written_recipe, capfd, monkeypatch):
+    recipe_path = written_recipe()
+    mistakes = {
+        "pretrain.model.config.hiden_size=3": "did you mean 'hidden_size'",
+        "pretrain.global_batch_size=4": "not a multiple of micro_batch_size 8",
+        "run_dir=nowhere": "not there or not finished",
+        "pretrain.model={architecture: gpt2}": "no masked_lm model",
+    }
+    for override, message in mistakes.items():
+        assert main(["pretrain", str(recipe_path), override]) == 2
+        said = capfd.readouterr().err
+        assert message in said and "Traceback" not in said
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    with pytest.raises(UserError, match="one owner of the precision"):
+        Engine(load_recipe(str(recipe_path)).pretrain)
+
+
+def test_a_recipe_without_the_section_is_refused(tmp_path):
+    from trainer.pretrain import run
+
+    with pytest.raises(UserError, match="no `pretrain` section"):
+        run(Recipe(run_dir=tmp_path))

@@ -1,0 +1,182 @@
+"""From sources to the kept documents of each split: short ones and repetitions dropped and counted, the rest held
+on disk, so that no corpus has to fit into memory. Tokens are the business of `tokenizer` and `shards`."""
+
+import hashlib
+from array import array
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import BinaryIO, Literal
+
+import numpy as np
+
+from trainer.config import Prepare, Source
+from trainer.data.sources import BadDocument, Document, find_files, read_file, source_names
+from trainer.errors import UserError
+
+Split = Literal["train", "validation"]
+SPLITS: tuple[Split, ...] = ("train", "validation")
+_DIGEST_BYTES = 16
+_LENGTH_BYTES = 8
+
+
+@dataclass
+class SourceCounts:
+    """What became of one source's documents."""
+
+    name: str
+    source: Source
+    files: int
+    documents_read: int = 0
+    documents_kept: int = 0
+    dropped: Counter[str] = field(default_factory=Counter)
+    content: "hashlib._Hash" = field(default_factory=hashlib.sha256)
+    """Over the digests of the kept documents, in order: two equal ones had the same text to work with."""
+
+
+class Corpus:
+    """Kept documents on disk, in the order of the recipe's sources and their sorted files."""
+
+    def __init__(self, folder: Path, sources: list[SourceCounts]) -> None:
+        self.folder = folder
+        self.sources = sources
+        self._rank_D = array("Q")  # training documents: a part of the hash that decides the order below
+        self._bytes_D = array("Q")
+
+    def texts(self, split: Split, source: int) -> Iterator[str]:
+        """All documents that one source gave to a split."""
+        for utf8 in self._records(split, source):
+            yield utf8.decode("utf-8")
+
+    def training_texts(self, max_bytes: int) -> Iterator[str]:
+        """Training documents up to `max_bytes` of UTF-8 together, chosen in the order of their hashes.
+
+        The document that crosses the limit is cut, so that one huge document is not left out altogether.
+        """
+        allowed_D = _allowances(np.asarray(self._rank_D), np.asarray(self._bytes_D), max_bytes)
+        records = (utf8 for source in range(len(self.sources)) for utf8 in self._records("train", source))
+        for utf8, allowed in zip(records, allowed_D, strict=True):
+            if allowed:
+                yield utf8[:allowed].decode("utf-8", errors="ignore")
+
+    def path(self, split: Split, source: int) -> Path:
+        """The file with the documents that one source gave to a split: length, UTF-8, length, UTF-8 ..."""
+        return self.folder / f"{split}-{source}"
+
+    def note_training(self, digest: bytes, size_bytes: int) -> None:
+        """Remember the place of a training document in hash order, and its size."""
+        # The first half of the digest decides the split; the order must be independent of it.
+        self._rank_D.append(int.from_bytes(digest[8:], "big"))
+        self._bytes_D.append(size_bytes)
+
+    def _records(self, split: Split, source: int) -> Iterator[bytes]:
+        with self.path(split, source).open("rb") as file:
+            while length := file.read(_LENGTH_BYTES):
+                yield file.read(int.from_bytes(length, "little"))
+
+
+def collect(
+    prepare: Prepare, folder: Path, after_file: Callable[[int, int], None] = lambda done, total: None
+) -> Corpus:
+    """Read all sources once and keep their documents below `folder`.
+
+    `after_file` hears how many files are done, of how many. Raises UserError for a bad document where the source says
+    so, for sources without files, and when a split stays empty.
+    """
+    names = source_names(prepare.sources)
+    files = [find_files(source) for source in prepare.sources]
+    counts = [SourceCounts(name, source, len(f)) for name, source, f in zip(names, prepare.sources, files, strict=True)]
+    corpus = Corpus(folder, counts)
+    folder.mkdir(parents=True)
+    seen: set[bytes] | None = set() if prepare.deduplicate else None
+    done, total = 0, sum(map(len, files))
+    for index, count in enumerate(counts):
+        with corpus.path("train", index).open("wb") as train, corpus.path("validation", index).open("wb") as validation:
+            for path in files[index]:
+                for document in read_file(count.source, path):
+                    _take(document, count, prepare, seen, {"train": train, "validation": validation}, corpus)
+                done += 1
+                after_file(done, total)
+    require_both_splits({split: sum(_sizes(corpus, split)) for split in SPLITS}, counts)
+    return corpus
+
+
+def document_digest(utf8: bytes) -> bytes:
+    """16 bytes that stand for a text."""
+    return hashlib.blake2b(utf8, digest_size=_DIGEST_BYTES).digest()
+
+
+def split_of(digest: bytes, validation_fraction: float) -> Split:
+    """The split of a document: a function of its text alone, so that more data never moves it across."""
+    return "validation" if int.from_bytes(digest[:8], "big") < validation_fraction * 2**64 else "train"
+
+
+def require_both_splits(amounts: dict[Split, int], counts: list[SourceCounts]) -> None:
+    """UserError when nothing is left for training or for validation, with what was dropped and why."""
+    empty = [split for split in SPLITS if not amounts[split]]
+    if not empty:
+        return
+    dropped = sum((count.dropped for count in counts), Counter())
+    reasons = ", ".join(f"{number} {reason}" for reason, number in sorted(dropped.items())) or "none"
+    read = sum(count.documents_read for count in counts)
+    raise UserError(
+        f"no {' and no '.join(empty)} documents are left of {read} read (dropped: {reasons})",
+        "at least one document in each of train and validation",
+        "add data, use smaller documents (document: line or block), raise validation_fraction, or set a source's split",
+    )
+
+
+def _take(
+    document: Document | BadDocument,
+    count: SourceCounts,
+    prepare: Prepare,
+    seen: set[bytes] | None,
+    files: dict[Split, BinaryIO],
+    corpus: Corpus,
+) -> None:
+    count.documents_read += 1
+    if isinstance(document, BadDocument):
+        _refuse_or_count(document, count)
+        return
+    if document.characters < prepare.min_document_characters:
+        count.dropped["too_short"] += 1
+        return
+    digest = document_digest(document.utf8)
+    if seen is not None:
+        if digest in seen:
+            count.dropped["duplicate"] += 1
+            return
+        seen.add(digest)
+    wanted = count.source.split
+    split = split_of(digest, prepare.validation_fraction) if wanted == "hash" else wanted
+    count.documents_kept += 1
+    count.content.update(digest)
+    files[split].write(len(document.utf8).to_bytes(_LENGTH_BYTES, "little"))
+    files[split].write(document.utf8)
+    if split == "train":
+        corpus.note_training(digest, len(document.utf8))
+
+
+def _refuse_or_count(bad: BadDocument, count: SourceCounts) -> None:
+    # Python's own tests hold files that are wrong on purpose, and nobody can mend them: always counted, never an error.
+    if count.source.on_bad_document == "error" and count.source.type != "stdlib":
+        raise UserError(
+            f"source {count.name}: {bad.where}: {bad.message}",
+            "documents that can be read",
+            "mend it, or set on_bad_document: skip for this source, which counts and reports such documents",
+        )
+    count.dropped[bad.reason] += 1
+
+
+def _sizes(corpus: Corpus, split: Split) -> list[int]:
+    return [corpus.path(split, source).stat().st_size for source in range(len(corpus.sources))]
+
+
+def _allowances(rank_D: np.ndarray, bytes_D: np.ndarray, max_bytes: int) -> list[int]:
+    """How many bytes of each document go into the tokenizer's training text."""
+    order_D = np.argsort(rank_D, kind="stable")
+    before_D = np.cumsum(bytes_D[order_D]) - bytes_D[order_D]
+    allowed_D = np.zeros(len(rank_D), dtype=np.int64)
+    allowed_D[order_D] = np.clip(max_bytes - before_D.astype(np.int64), 0, bytes_D[order_D].astype(np.int64))
+    return allowed_D.tolist()

@@ -1,0 +1,123 @@
+"""The prepare stage: raw text to a tokenizer and token shards, with a manifest of what was read, kept and dropped.
+Reading, training, encoding and storing are in `trainer.data`; here they are put in order and reported."""
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from transformers import PreTrainedTokenizerFast
+
+from trainer.__main__ import stage_main
+from trainer.artifact import content_hash, hash_file, hash_tree, staging, write_artifact, write_json
+from trainer.config import Prepare, Recipe
+from trainer.data.corpus import Corpus, collect
+from trainer.data.encoding import write_shards
+from trainer.data.shards import MANIFEST_FILE
+from trainer.data.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
+from trainer.errors import UserError
+from trainer.recipe_file import recipe_hash
+
+_MIB = 2**20
+_COMMAND = "lmworks prepare"
+
+
+def run(recipe: Recipe) -> None:
+    """Write `recipe.tokenizer_dir` and `recipe.data_dir`, each whole or as it was before.
+
+    The same recipe and data give the same bytes. This is the work of one process: under a launcher (WORLD_SIZE > 1)
+    rank 0 does it, and the others return at once without waiting for it.
+    """
+    if recipe.prepare is None:
+        raise UserError("the recipe has no section `prepare`", "its sources and tokenizer", "add the section")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and os.environ.get("RANK", "0") != "0":
+        return
+    # The two renames follow each other at once; TokenShards.require_tokenizer notices a crash between them.
+    with staging(recipe.data_dir) as data, staging(recipe.tokenizer_dir) as tokenizer, _progress() as progress:
+        manifest = _prepare(recipe.prepare, data, tokenizer, progress)
+    _print_report(manifest, recipe)
+
+
+def _prepare(prepare: Prepare, data: Path, tokenizer_dir: Path, progress: Progress) -> dict[str, Any]:
+    spool = data / "spool"
+    corpus = collect(prepare, spool, _task(progress, "reading files"))
+    tokenizer, made_from = _tokenizer(prepare, corpus, progress)
+    save_tokenizer(tokenizer, tokenizer_dir)
+    tokenizer_sha256 = hash_tree(tokenizer_dir)
+    counted = write_shards(prepare, corpus, tokenizer, data, _task(progress, "encoding documents"))
+    shutil.rmtree(spool)
+    manifest = {"format": "megatron-indexed", "tokenizer_sha256": tokenizer_sha256, **counted}
+    write_json(data / MANIFEST_FILE, manifest)
+    recipe_sha256 = recipe_hash(prepare)
+    write_artifact(
+        tokenizer_dir,
+        "tokenizer",
+        recipe_sha256=recipe_sha256,
+        parents=made_from,
+        evidence=[{"what": "tokenizer", "metrics": manifest["tokenizer"], "command": _COMMAND}],
+        about={"vocab_size": len(tokenizer)},
+    )
+    write_artifact(data, "token_shards", recipe_sha256=recipe_sha256, parents={"tokenizer": tokenizer_sha256})
+    return manifest
+
+
+def _tokenizer(prepare: Prepare, corpus: Corpus, progress: Progress) -> tuple[PreTrainedTokenizerFast, dict[str, str]]:
+    """The tokenizer, and name and hash of what it was loaded from."""
+    config = prepare.tokenizer
+    if config.path is not None:
+        tokenizer = load_tokenizer(config)
+        origin = content_hash(config.path) if config.path.is_dir() else hash_file(config.path)
+        return tokenizer, {"loaded_from": origin}
+    task = progress.add_task(f"training {config.type} tokenizer", total=1)
+    tokenizer = train_tokenizer(config, lambda: corpus.training_texts(int(config.max_training_mib * _MIB)))
+    progress.update(task, completed=1)
+    return tokenizer, {}
+
+
+def _progress() -> Progress:
+    """A display on standard error; nothing where that is no terminal."""
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    return Progress(*columns, console=console, disable=not console.is_terminal, transient=True)
+
+
+def _task(progress: Progress, description: str) -> Callable[[int, int], None]:
+    task = progress.add_task(description, total=None, visible=False)
+    return lambda done, total: progress.update(task, completed=done, total=total, visible=True)
+
+
+def _print_report(manifest: dict[str, Any], recipe: Recipe) -> None:
+    console = Console()
+    for table in (_sources_table(manifest), _splits_table(manifest)):
+        console.print(table)
+    quality = manifest["tokenizer"]
+    console.print(
+        f"tokenizer: {manifest['vocab_size']:,} entries; on validation text {quality['fertility_tokens_per_word']:.2f} "
+        f"tokens a word, {quality['bytes_per_token']:.2f} bytes a token, {quality['unknown_rate']:.2%} unknown"
+    )
+    console.print(f"wrote {recipe.tokenizer_dir} and {recipe.data_dir}", soft_wrap=True)
+
+
+def _sources_table(manifest: dict[str, Any]) -> Table:
+    table = Table("source", "files", "read", "kept", "dropped")
+    for source in manifest["sources"]:
+        reasons = ", ".join(f"{number:,} {reason}" for reason, number in source["dropped"].items())
+        counts = [f"{source[key]:,}" for key in ("files", "documents_read", "documents_kept")]
+        table.add_row(source["name"], *counts, reasons or "none")
+    return table
+
+
+def _splits_table(manifest: dict[str, Any]) -> Table:
+    table = Table("split", "documents", "characters", "tokens", "shards")
+    for name, split in manifest["splits"].items():
+        counts = [f"{split[key]:,}" for key in ("documents", "characters", "tokens")]
+        table.add_row(name, *counts, str(len(split["shards"])))
+    return table
+
+
+if __name__ == "__main__":
+    stage_main("prepare")
