@@ -32,6 +32,7 @@ from export.windows import MIN_CPU_SHARE, Settings
 from trainer.__main__ import stage_main
 from trainer.artifact import ARTIFACT_FILE, content_hash, hash_file, read_artifact, versions, write_json
 from trainer.config import Backend, Bench, Recipe
+from trainer.environment import launch_command
 from trainer.errors import GateFailed, UserError
 
 _COLUMNS = (  # heading, key of a row, format
@@ -75,7 +76,7 @@ def run(recipe: Recipe) -> None:
     report: dict[str, Any] = {
         "machine": describe_machine(threads),
         "versions": {"python": platform.python_version(), **versions()},
-        "command": "lmworks bench",
+        "command": launch_command(),
         "settings": recipe.bench.model_dump(mode="json") | {"min_cpu_share": MIN_CPU_SHARE},
         "rows": [],
         "quality": [],

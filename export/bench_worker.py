@@ -67,7 +67,11 @@ def measure_row(runner: Runner, inputs: Inputs, settings: Settings, clock: Clock
 
 
 def describe(found: Measurement, batch_size: int, real_tokens: int) -> dict[str, Any]:
-    """A measurement as report columns; speeds only where it is stable."""
+    """A measurement as report columns; no speeds where too few windows had the CPU to say anything.
+
+    An unstable row shows what its last windows gave, so that a reader sees the size of things; it is marked, and
+    never ranked beside a stable one.
+    """
     row: dict[str, Any] = {
         "status": "ok" if found.stable else "unstable",
         "reason": found.reason,
@@ -75,7 +79,7 @@ def describe(found: Measurement, batch_size: int, real_tokens: int) -> dict[str,
         "windows": len(found.windows),
         "contended_windows": found.contended,
     }
-    if not found.stable:
+    if not found.calls_s.size:
         return row
     calls_s = found.calls_s
     p50_s, p90_s, p99_s = np.percentile(calls_s, [50, 90, 99])

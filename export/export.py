@@ -17,6 +17,7 @@ from export.to_onnx import export_graph, load_model
 from trainer.__main__ import stage_main
 from trainer.artifact import content_hash, hash_file, staging, write_artifact
 from trainer.config import Export, Recipe
+from trainer.environment import launch_command
 from trainer.errors import UserError
 from trainer.recipe_file import recipe_hash
 
@@ -96,7 +97,7 @@ def _evidence(variant: str, file: Path, passed: dict[str, Any]) -> dict[str, Any
         "what": f"parity_{variant}",
         "file": file.name,
         "sha256": hash_file(file),
-        "command": "lmworks export",
+        "command": launch_command(),
         **passed,
     }
 

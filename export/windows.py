@@ -91,8 +91,9 @@ class Measurement:
 
     @property
     def calls_s(self) -> np.ndarray:
-        """Durations of all calls in the windows that agreed."""
-        return np.concatenate([window.calls_s for window in self.windows[-_AGREEING:]])
+        """Durations of all calls in the last windows that counted; empty if fewer than it takes to agree did."""
+        last = self.windows[-_AGREEING:] if len(self.windows) >= _AGREEING else ()
+        return np.concatenate([np.empty(0), *(window.calls_s for window in last)])
 
 
 def measure(call: Callable[[], object], settings: Settings, clock: Clock) -> Measurement:

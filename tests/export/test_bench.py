@@ -137,11 +137,14 @@ def test_a_worker_that_dies_fails_the_stage_after_the_report(exported, model_fol
     assert [row["status"] for row in rows] == ["failed", "failed"]
 
 
-def test_unstable_measurements_have_no_speed():
+def test_measurements_with_too_few_windows_have_no_speed():
     window = Window((0.1, 0.2), 0.9)
-    row = describe(Measurement(False, "noise", (window,), 4, 0.5), 2, 16)
+    row = describe(Measurement(False, "others used the CPU", (window, window), 4, 0.5), 2, 16)
     assert row["status"] == "unstable"
     assert not {"p50_ms", "samples_per_s", "real_tokens_per_s"} & set(row)
+    row = describe(Measurement(False, "noise", (Window((9.0,), 0.9), window, window, window), 0, 0.9), 2, 16)
+    assert (row["status"], row["reason"]) == ("unstable", "noise")
+    assert row["p50_ms"] == pytest.approx(150.0)
     row = describe(Measurement(True, "", (window, window, window), 1, 0.9), 2, 12)
     assert row["samples_per_s"] == pytest.approx(2 / 0.15)
     assert row["real_tokens_per_s"] == pytest.approx(12 / 0.15)
