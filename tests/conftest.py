@@ -156,9 +156,10 @@ def written_recipe(tiny_recipe, prepared, tmp_path):
     return write
 
 
-@pytest.fixture(autouse=True, scope="session")
+@pytest.fixture(autouse=True)
 def one_thread():
-    """Tiny models gain nothing from threads, and on a busy machine OpenMP's barriers cost them much."""
+    """Tiny models gain nothing from threads, on a busy machine OpenMP's barriers cost them much, and sums that are to
+    be equal bit for bit in two processes must be added in one order. Set anew for each test: runners change it."""
     import torch
 
     os.environ["OMP_NUM_THREADS"] = "1"

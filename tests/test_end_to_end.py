@@ -51,6 +51,8 @@ def assert_opens_elsewhere(run_dir, architecture):
         session = onnxruntime.InferenceSession(run_dir / "export" / name / "model.onnx")
         batch = tokenizer(["abc def gha", "ij"], return_tensors="pt", padding=True)
         feeds = {item.name: batch[item.name].numpy() for item in session.get_inputs() if item.name in batch}
+        if "token_type_ids" in {item.name for item in session.get_inputs()}:
+            feeds["token_type_ids"] = np.zeros_like(feeds["input_ids"])
         if "position_ids" in {item.name for item in session.get_inputs()}:
             length = batch["input_ids"].shape[1]
             feeds["position_ids"] = np.arange(length)[None].repeat(2, axis=0)
