@@ -30,7 +30,15 @@ def quantize(raw: Path, quantized: Path) -> None:
     onnx.checker.check_model(graph)
     with _only_errors():
         quantize_dynamic(
-            graph, quantized, weight_type=QuantType.QInt8, per_channel=True, extra_options=dict(_EXTRA_OPTIONS)
+            graph,
+            quantized,
+            weight_type=QuantType.QInt8,
+            per_channel=True,
+            # 7-bit weights: x86 CPUs without VNNI add pairs of products in 16 bits, which 8-bit weights overflow
+            # (ONNX Runtime's documentation, "Quantize ONNX models"). A model travels to CPUs that nobody tested, and
+            # the price is small: relative_rms 0.0026 to 0.0027 on a trained tiny BERT, 0.0050 to 0.0060 on GPT-2.
+            reduce_range=True,
+            extra_options=dict(_EXTRA_OPTIONS),
         )
 
 

@@ -7,6 +7,7 @@ whatever else the machine does hits all of them alike; a round's ratio is agains
 """
 
 import argparse
+import contextlib
 import multiprocessing
 import sys
 import sysconfig
@@ -32,8 +33,9 @@ from trainer.config import Backend, Export, Recipe
 BATCH, LENGTH, THREADS = 1, 128, 2
 STUDENT_LAYERS = (0, 2, 4, 7, 9, 11)  # DistilBERT's choice (Sanh et al. 2019)
 ROUNDS, MOST_ROUNDS, WINDOW_S = 8, 60, 1.0
-# Random weights make near-ties of all logits: what int8 does to the order of tokens says nothing here.
-EXPORT = Export.model_validate({"parity": {"int8": {"relative_rms": 0.1}, "shapes": [[1, 7], [3, 33]]}})
+# Random weights make near-ties of a masked LM's logits and near-zeros of a classifier's two: int8's effect on them says
+# little, so that the gate is looser here than a recipe's. It still holds out other weights (relative_rms above 1).
+EXPORT = Export.model_validate({"parity": {"int8": {"relative_rms": 0.25}, "shapes": [[1, 7], [3, 33]]}})
 HEADS = ("BertForMaskedLM", "BertForSequenceClassification")
 
 
@@ -131,8 +133,6 @@ def interleave(variants: list[Variant], inputs: dict[str, np.ndarray], rounds: i
         for connection, windows in zip(connections, taken, strict=True):
             connection.send("window")
             windows.append(connection.recv())
-    for connection in connections:
-        connection.send("end")
     return taken
 
 
@@ -148,9 +148,10 @@ def serve(variant: Variant, inputs: dict[str, np.ndarray], connection: Connectio
     settings, clock = Settings(THREADS, WINDOW_S, max_windows=3, stability=0.1), SystemClock()
     take_window(lambda: runner.run(inputs), settings, clock)
     connection.send("ready")
-    while connection.recv() == "window":
-        runner.run(inputs)
-        connection.send(take_window(lambda: runner.run(inputs), settings, clock))
+    with contextlib.suppress(EOFError):  # the parent has all it wants
+        while connection.recv():
+            runner.run(inputs)
+            connection.send(take_window(lambda: runner.run(inputs), settings, clock))
 
 
 def describe(
