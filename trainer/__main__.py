@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from trainer.engine.launch import ensure_ranks, leave
-from trainer.errors import Preempted, UserError
+from trainer.errors import EXIT_INTERRUPTED, Preempted, UserError
 from trainer.recipe_file import dump_recipe, load_recipe
 
 
@@ -51,6 +51,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Preempted as stop:
         print(f"lmworks {arguments.verb}: {stop}", file=sys.stderr)
         return stop.exit_code
+    except KeyboardInterrupt:  # stages that train answer it themselves and save
+        print(f"lmworks {arguments.verb}: interrupted; run the same command to begin this stage anew", file=sys.stderr)
+        return EXIT_INTERRUPTED
     return 0
 
 

@@ -3,6 +3,7 @@ It leaves the wording of each message to the place that found the problem."""
 
 EXIT_GATE_FAILED = 1
 EXIT_USER_ERROR = 2
+EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: "try again later"
 
 
