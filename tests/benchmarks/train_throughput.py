@@ -5,7 +5,7 @@
 masked_lm: documents of natural length, none longer than a row. Trainer pads each batch to its longest document, as
 transformers' run_mlm.py does with --line_by_line; ours packs them. causal_lm: one stream cut into blocks on both
 sides, as run_clm.py does, so that nobody has padding and only the loops differ.
-Both run in fresh processes, in turns; a round counts only if its process had the CPUs for itself (cpu_share).
+Both run in fresh processes, in turns; a round counts only if its process got the CPU time that it wanted (cpu_share).
 """
 
 import argparse
@@ -200,12 +200,15 @@ def main() -> None:
     parser.add_argument("--run-dir", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.side:
-        began, cpu = time.perf_counter(), time.process_time()
+        from export.windows import SystemClock
+
+        clock = SystemClock()
+        cpu_s, queued_s = clock.cpu_s(), clock.queued_s()
         work = work_ours if arguments.side == "ours" else work_trainer
         result = work(arguments.objective[0], arguments.run_dir, arguments.steps)
-        import torch
-
-        share = (time.process_time() - cpu) / (time.perf_counter() - began) / torch.get_num_threads()
+        got_s, queued_after_s = clock.cpu_s() - cpu_s, clock.queued_s()
+        assert queued_s is not None and queued_after_s is not None, "needs Linux's /proc/self/schedstat"
+        share = got_s / (got_s + max(0.0, queued_after_s - queued_s))
         print(json.dumps(result | {"cpu_share": round(share, 3)}))
         return
     import transformers
