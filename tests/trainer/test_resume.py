@@ -52,7 +52,7 @@ def assert_same_run(one, two, stage="pretrain"):
 
 @pytest.mark.parametrize("architecture", ["bert", "gpt2"])
 def test_killed_many_times_it_ends_as_if_nothing_had_happened(written_recipe, architecture):
-    """Checkpoints after every step, so that many kills fall into saving; dropout on; 3 epochs; accumulation 2."""
+    """Checkpoints after every step, so that many kills fall into saving; dropout on; accumulation 2."""
     settings = {"max_steps": 40, "save_every_steps": 1, "global_batch_size": 12, "micro_batch_size": 6}
     unbroken, broken = (written_recipe(architecture, name, **settings) for name in ("unbroken", "broken"))
     assert main(["pretrain", str(unbroken)]) == 0
