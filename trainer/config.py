@@ -84,9 +84,10 @@ class Prepare(Section):
 
 
 class Optim(Section):
-    name: Literal["adamw"] = "adamw"
-    backend: Literal["auto", "fused", "foreach"] = "auto"
-    """Implementation of torch.optim.AdamW; auto takes fused and says so."""
+    name: Literal["adamw", "lamb", "lion"] = "adamw"
+    backend: Literal["auto", "torch", "torch_foreach", "apex", "deepspeed"] = "auto"
+    """Whose implementation: torch (fused AdamW; our LAMB), torch_foreach (AdamW), NVIDIA Apex, DeepSpeed. auto takes
+    the fastest that is there and says so."""
     learning_rate: Positive = 1e-3
     weight_decay: NonNegative = 0.01
     """For matrices; biases, norms and other one-dimensional parameters are not decayed."""
@@ -110,6 +111,42 @@ class Schedule(Section):
         return self
 
 
+class EngineConfig(Section):
+    """How the work of a step falls to the ranks."""
+
+    strategy: Literal["auto", "ddp", "fsdp2", "deepspeed"] = "auto"
+    """auto: deepspeed where `zero` or the launcher names a DeepSpeed config, else ddp."""
+    zero: str | None = None
+    """deepspeed: a name in deepspeed_configs/, such as zero2, or the path of a DeepSpeed JSON of your own."""
+    nvme_path: Path | None = None
+    """Folder on a node's own NVMe drive, for the configs that offload to one."""
+    collective_timeout_s: Positive = 600.0
+    """A rank that waits longer than this for the others ends the run, with a dump of what each rank was doing."""
+
+    @model_validator(mode="after")
+    def _zero_is_deepspeed(self) -> "EngineConfig":
+        if self.zero is not None and self.strategy not in ("auto", "deepspeed"):
+            raise ValueError(f"zero belongs to strategy deepspeed, not {self.strategy}")
+        return self
+
+
+class LossSpike(Section):
+    """What counts as a spike, and how far to go back (Chowdhery et al. 2022, arXiv:2204.02311, section 5.1)."""
+
+    factor: Annotated[float, Field(gt=1.0)] = 1.5
+    """A step's loss above this times the running median is a spike."""
+    window_steps: Annotated[int, Field(ge=8)] = 128
+    """Steps that the median runs over; none is seen before so many."""
+    skip_steps: PositiveInt = 200
+    """Steps whose batches are left out after going back to the last checkpoint before the spike."""
+    max_rewinds: PositiveInt = 3
+
+
+class CheckpointConfig(Section):
+    asynchronous: bool = False
+    """Write in the background, from a copy in host memory that is taken first."""
+
+
 class Training(Section):
     """How optimizer steps are taken; the same for every stage that trains."""
 
@@ -122,11 +159,21 @@ class Training(Section):
     schedule: Schedule = Schedule()
     max_grad_norm: Positive | None = 1.0
     """Gradients are scaled down to this norm; null: never."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """bf16: autocast; parameters, gradients and optimizer state stay fp32."""
+    precision: Literal["fp32", "tf32", "bf16", "fp16", "fp8"] = "fp32"
+    """What matrices are multiplied in. Master weights and optimizer state are fp32 always."""
     gradient_checkpointing: bool = False
     compile: bool = False
     """torch.compile each transformer block."""
+    attention: Literal["auto", "sdpa", "flex_attention", "flash_attention_2"] = "auto"
+    """Kernel, by transformers' name; auto takes the fastest that keeps packed documents apart here, and says so."""
+    cross_entropy: Literal["auto", "full", "chunked", "liger"] = "auto"
+    """full: all logits at once. chunked: a part of the targets at a time. liger: its fused kernel."""
+    engine: EngineConfig = EngineConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    max_bad_steps: PositiveInt = 3
+    """Steps in a row with a non-finite loss or gradient (each is skipped on all ranks) before the run stops."""
+    loss_spike: LossSpike | None = None
+    """Go back and leave batches out when the loss spikes; null: never."""
     eval_every_steps: PositiveInt = 500
     eval_sequences: PositiveInt | None = 1024
     """Validation rows in one evaluation; null: all."""
