@@ -138,7 +138,7 @@ class LossSpike(Section):
     window_steps: Annotated[int, Field(ge=8)] = 128
     """Steps that the median runs over; none is seen before so many."""
     skip_steps: PositiveInt = 200
-    """Steps whose batches are left out after going back to the last checkpoint before the spike."""
+    """Batches left out after the spike's own; those between the last checkpoint and the spike are left out too."""
     max_rewinds: PositiveInt = 3
 
 

@@ -3,6 +3,7 @@ It leaves the wording of each message to the place that found the problem."""
 
 EXIT_GATE_FAILED = 1
 EXIT_USER_ERROR = 2
+EXIT_RANK_LOST = 71  # EX_OSERR of sysexits.h
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: "try again later"
 
@@ -21,6 +22,12 @@ class GateFailed(UserError):
     """A measured value missed its threshold, so the stage did not deliver."""
 
     exit_code = EXIT_GATE_FAILED
+
+
+class RankLost(UserError):
+    """A rank ended or hangs, so the others cannot go on; the last checkpoint is whole."""
+
+    exit_code = EXIT_RANK_LOST
 
 
 class Preempted(Exception):

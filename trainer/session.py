@@ -1,10 +1,13 @@
 """What every training stage has around its objective: engine, data, checkpoints, log, the loop, the model folder.
 Pretraining and distillation differ in the model and the objective they hand in, and in nothing here."""
 
+import math
 import time
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
@@ -19,14 +22,15 @@ from trainer.data.stream import BatchPlan, TrainStream, validation_batches
 from trainer.engine.checkpoint import Checkpoints, run_identity
 from trainer.engine.engine import Engine
 from trainer.engine.launch import release_signals, watch_signals
-from trainer.engine.loop import Run, train
+from trainer.engine.consolidate import write_model
+from trainer.engine.loop import Progress, Run, train
 from trainer.engine.metrics import Log, Meter
 from trainer.engine.optim import build_optimizer
+from trainer.engine.trouble import Trouble
 from trainer.environment import describe, launch_command, peak_flops
 from trainer.models import (
     LanguageModel,
     check_isolation,
-    count_parameters,
     decay_groups,
     load_tokenizer,
     token_id,
@@ -40,7 +44,8 @@ from trainer.recipe_file import dump_recipe, recipe_hash
 class Session:
     """One training stage of a recipe, from opened data to a finished model folder."""
 
-    def __init__(self, recipe: Recipe, stage: str, training: Training, objective: ObjectiveConfig, data: Data) -> None:
+    def __init__(self, recipe: Recipe, stage: str, training: Training, objective: ObjectiveConfig, data: Data,
+        folder: Path | None = None) -> None:
         watch_signals()
         transformers_logging.disable_progress_bar()  # the run has one bar, its own
         self._began = time.perf_counter()
@@ -51,10 +56,10 @@ class Session:
         self._validation_shards = TokenShards.open(recipe.data_dir, "validation")
         self.tokenizer = load_tokenizer(recipe.tokenizer_dir)
         self.causal = objective.name == "causal_lm"
-        self.engine = Engine(training)
-        self._folder = recipe.stage_dir(stage)
+        self._folder = folder or recipe.stage_dir(stage)
+        self.engine = Engine(training, self._folder)
         self._plan = BatchPlan(
-            training.global_batch_size, training.micro_batch_size, self.engine.rank, self.engine.world
+            training.global_batch_size, training.micro_batch_size, self.engine.ranks.rank, self.engine.world
         )
         self._log = Log(self._folder, stage, training.max_steps, self.engine.is_main)
 
@@ -64,22 +69,23 @@ class Session:
         inputs |= {name: content_hash(folder) for name, folder in parents.items()}
         self._describe_run()
         with self._log:
-            run = self._wire(model, objective, inputs)
+            run = self.wire(model, objective, inputs)
             metrics = train(run)
             if self.engine.is_main:
-                self._save_model(model, inputs, metrics, run.meter.tokens)
+                self._save_model(model, run, inputs, metrics)
             self._log.event("end", self._training.max_steps, seconds=time.perf_counter() - self._began)
             self._log.say(f"model folder: {self._recipe.model_dir(self._stage)}")
-        self.engine.wait()
+        self.engine.ranks.wait("ending")
         release_signals()
 
-    def _wire(self, model: PreTrainedModel, objective: Objective, inputs: dict[str, str]) -> Run:
+    def wire(self, model: PreTrainedModel, objective: Objective, inputs: dict[str, str]) -> Run:
+        """The pieces of the run, ready for its first step; `inputs` are content hashes of what it is made from."""
         training, recipe = self._training, self._recipe
         module = LanguageModel(model)
         if self._data.packing == "isolate":
             check_isolation(module)
         self._apply_options(model)
-        self.engine.prepare(module, build_optimizer(training.optim, self._groups(module), self._log.say))
+        self.engine.prepare(module, self._build_optimizer, model.config.hidden_size)
         identity = run_identity(training, recipe.seed, inputs)
         mask = None
         if isinstance(self._objective, MaskedLM):
@@ -97,6 +103,8 @@ class Session:
             checkpoints=Checkpoints(self._folder / "checkpoints", training, identity, self.engine, self._log.say),
             meter=Meter(self.engine, flops, peak_flops(self._device_name(), training.precision)),
             log=self._log,
+            trouble=Trouble(training, partial(self.engine.ranks.sum, doing="adding up the loss of a step")),
+            progress=Progress(),
             bytes_per_token=self._validation_bytes_per_token() if self.causal else None,
         )
 
@@ -105,8 +113,16 @@ class Session:
         kind = PackedRows if self._data.packing == "isolate" else StreamRows
         return kind(shards, framing, self._recipe.seed)
 
-    def _groups(self, module: nn.Module) -> list[dict[str, object]]:
-        return decay_groups(module, self._training.optim.weight_decay)
+    def _build_optimizer(self, module: nn.Module) -> torch.optim.Optimizer:
+        optim, engine = self._training.optim, self.engine
+        return build_optimizer(
+            optim,
+            decay_groups(module, optim.weight_decay),
+            self._log.say,
+            device_type=engine.device.type,
+            offload=engine.offloads_optimizer,
+            sharded=engine.sharded,
+        )
 
     def _apply_options(self, model: PreTrainedModel) -> None:
         if self._training.gradient_checkpointing:
@@ -119,8 +135,6 @@ class Session:
         device = self.engine.device
         if device.type != "cuda":
             return device.type
-        import torch
-
         return torch.cuda.get_device_name(device)
 
     def _validation_bytes_per_token(self) -> float:
@@ -132,27 +146,28 @@ class Session:
             return
         write_text(self._folder / "recipe.yaml", dump_recipe(self._recipe))
         write_json(self._folder / "environment.json", describe())
-        launch = {"command": launch_command(), "ranks": self.engine.world, "device": self._device_name()}
+        launch = {"command": launch_command(), "device": self._device_name()} | self.engine.described()
         write_json(self._folder / "launch.json", launch)
 
     def _save_model(
-        self, model: PreTrainedModel, inputs: Mapping[str, str], metrics: Mapping[str, float], tokens: int
+        self, model: PreTrainedModel, run: Run, inputs: Mapping[str, str], metrics: Mapping[str, float]
     ) -> None:
         about = {
             "stage": self._stage,
             "architecture": model.config.model_type,
             "objective": self._objective.name,
-            "parameters": count_parameters(model),
+            "parameters": sum(math.prod(shape) for shape in self.engine.shapes.values()),
             "sequence_length": self._data.sequence_length,
             "steps": self._training.max_steps,
-            "tokens": tokens,
+            "tokens": run.progress.tokens,
         }
         evidence = {"what": "validation", "metrics": dict(metrics), "command": launch_command()}
-        with staging(self._recipe.model_dir(self._stage)) as partial:
-            model.save_pretrained(partial)
-            self.tokenizer.save_pretrained(partial)
+        files = run.checkpoints.files(self._training.max_steps)
+        with staging(self._recipe.model_dir(self._stage)) as folder:
+            write_model(folder, model, files, self.engine.shapes)
+            self.tokenizer.save_pretrained(folder)
             write_artifact(
-                partial,
+                folder,
                 "model",
                 recipe_sha256=recipe_hash(self._recipe),
                 parents=inputs,

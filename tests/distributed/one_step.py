@@ -22,7 +22,7 @@ def main(recipe_path: str, out: str, *overrides: str) -> None:
     stage = recipe.pretrain
     session = Session(recipe, "pretrain", stage, stage.objective, stage.data)
     model = build(stage.model, session.tokenizer, session.causal, stage.data.sequence_length, recipe.seed)
-    run = session._wire(model, language_model, {})
+    run = session.wire(model, language_model, {})
     gradients = {}
     real_step = run.engine.step
 
@@ -32,12 +32,12 @@ def main(recipe_path: str, out: str, *overrides: str) -> None:
 
     run.engine.step = capture
     batches = run.stream.micro_batches(0)
-    counts, _ = loop._count(run.engine, batches)
-    loop._step(run, 0, batches, counts)
+    counts, _ = loop.count_targets(run, 0, batches)
+    loop.take_step(run, 0, batches, counts)
     row = run.meter.flush()
     samples = [list(batch.sample_ids) for batch in batches]
-    torch.save({"gradients": gradients, "counts": counts, "row": row, "samples": samples}, f"{out}.{run.engine.rank}")
-    run.engine.wait()
+    torch.save({"gradients": gradients, "counts": counts, "row": row, "samples": samples}, f"{out}.{run.engine.ranks.rank}")
+    run.engine.ranks.wait()
 
 
 if __name__ == "__main__":

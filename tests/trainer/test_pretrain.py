@@ -145,7 +145,7 @@ def test_no_terminal_no_bar(written_recipe, capfd):
     assert "\r" not in said and "━" not in said and "it/s" not in said
 
 
-def test_users_mistakes_are_one_message(written_recipe, capfd, monkeypatch):
+def test_users_mistakes_are_one_message(written_recipe, capfd, monkeypatch, tmp_path):
     recipe_path = written_recipe()
     mistakes = {
         "pretrain.model.config.hiden_size=3": "did you mean 'hidden_size'",
@@ -159,7 +159,7 @@ def test_users_mistakes_are_one_message(written_recipe, capfd, monkeypatch):
         assert message in said and "Traceback" not in said
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
     with pytest.raises(UserError, match="one owner of the precision"):
-        Engine(load_recipe(str(recipe_path)).pretrain)
+        Engine(load_recipe(str(recipe_path)).pretrain, tmp_path)
 
 
 def test_a_recipe_without_the_section_is_refused(tmp_path):

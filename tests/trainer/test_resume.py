@@ -19,6 +19,7 @@ from trainer.pretrain import run
 from trainer.recipe_file import load_recipe
 
 KILL_MANY = Path(__file__).with_name("kill_many.py")
+FILE = "rank-00000-of-00001.safetensors"
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
 
 
@@ -130,15 +131,15 @@ def half_done(written_recipe, monkeypatch):
     run(load_recipe(str(unbroken)))
     import trainer.engine.loop as loop
 
-    real = loop._step
+    real = loop.take_step
 
     def step(run, number, *rest):
         if number == 9:
             raise KeyboardInterrupt
-        real(run, number, *rest)
+        return real(run, number, *rest)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "_step", step)
+        patch.setattr(loop, "take_step", step)
         with pytest.raises(KeyboardInterrupt):
             run(load_recipe(str(stopped)))
     checkpoints = run_dir(stopped) / "pretrain" / "checkpoints"
@@ -155,9 +156,9 @@ def flip_a_byte(path):
 @pytest.mark.parametrize(
     ("fault", "reason"),
     [
-        (lambda folder: flip_a_byte(folder / "model.safetensors"), "model.safetensors is not what was written"),
-        (lambda folder: os.truncate(folder / "optimizer.pt", 100), "optimizer.pt is not what was written"),
-        (lambda folder: (folder / "optimizer.pt").unlink(), "optimizer.pt is missing"),
+        (lambda folder: flip_a_byte(folder / FILE), f"{FILE} is not what was written"),
+        (lambda folder: os.truncate(folder / FILE, 100), f"{FILE} is not what was written"),
+        (lambda folder: (folder / FILE).unlink(), f"{FILE} is missing"),
         (lambda folder: (folder / "COMMITTED").unlink(), "no COMMITTED marker"),
         (lambda folder: (folder / "COMMITTED").write_text("{"), "marker is unreadable"),
     ],
@@ -223,7 +224,7 @@ def test_a_non_finite_model_is_never_saved(written_recipe, monkeypatch):
     checkpoints = run_dir(recipe_path) / "pretrain" / "checkpoints"
     assert (checkpoints / "LATEST").read_text() == "step-00000004\n"
     assert not (run_dir(recipe_path) / "pretrain" / "model").exists()
-    for path in checkpoints.glob("step-*/model.safetensors"):
+    for path in checkpoints.glob("step-*/*.safetensors"):
         assert all(tensor.isfinite().all() for tensor in load_file(path).values())
     monkeypatch.setattr(engine_module.Engine, "backward", real)
     assert main(["pretrain", str(recipe_path)]) == 0

@@ -1,27 +1,41 @@
 """Checkpoints that are whole or not there: which one to resume from, writing a new one, keeping the last few.
-What is inside is the engine's business."""
+Every rank writes its own file and its hash; rank 0 commits when all are there. What is inside is the engine's business.
+"""
 
+import errno
 import json
 import shutil
+import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trainer.artifact import hash_file, staging, sync_folder, write_json, write_text
+from torch import Tensor
+
+from trainer.artifact import hash_file, sync_folder, sync_tree, write_json, write_text
 from trainer.config import Training
 from trainer.engine.engine import Engine
+from trainer.engine.fragments import FragmentFiles, write_file
 from trainer.errors import UserError
 
 _MARKER, _LATEST = "COMMITTED", "LATEST"
+_POLL_S = 0.05
 
-# Keys that may change between two attempts at one run: they move no sample and no number (micro_batch_size: up to
-# the rounding of another order of summation).
+# Keys that may change between two attempts at one run: they move no sample and no number (micro_batch_size, the
+# strategy and the kernels: up to the rounding of another order of summation).
 _FREE_KEYS = frozenset(
     {
         "micro_batch_size",
         "gradient_checkpointing",
         "compile",
+        "attention",
+        "cross_entropy",
+        "engine",
+        "checkpoint",
+        "max_bad_steps",
+        "loss_spike",
         "eval_every_steps",
         "eval_sequences",
         "log_every_steps",
@@ -35,6 +49,7 @@ _FREE_KEYS = frozenset(
 def run_identity(stage: Training, seed: int, inputs: dict[str, str]) -> dict[str, Any]:
     """What must be equal for a checkpoint to be continued: the stage's settings, the seed, hashes of its inputs."""
     settings = {key: value for key, value in stage.model_dump(mode="json").items() if key not in _FREE_KEYS}
+    settings["optim"] = {key: value for key, value in settings["optim"].items() if key != "backend"}
     return _flat({**settings, "seed": seed, "inputs": inputs})
 
 
@@ -57,51 +72,163 @@ class Checkpoints:
         self._identity = identity
         self._engine = engine
         self._say = say
+        self._writing: threading.Thread | None = None
 
     def due(self, step: int) -> bool:
         """Whether a checkpoint belongs after optimizer step `step` (counted from 1)."""
         return step == self._training.max_steps or step % self._training.save_every_steps == 0
 
-    def save(self, step: int, state: dict[str, Any]) -> None:
-        """Write a checkpoint; it exists only once every file is on disk and hashed."""
+    def save(self, step: int, state: dict[str, Any], in_background: bool = False) -> None:
+        """Write a checkpoint; it exists only once every rank's file is on disk and hashed.
+
+        in_background: only a copy in host memory is taken before this returns. A disk that is full is said, and the
+        run goes on from the checkpoints that are there; any other failure to write ends it.
+        """
+        self.finish()
+        partial = self._path(step).with_name(f"{self._path(step).name}.partial")
         if self._engine.is_main:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            with staging(self._path(step)) as partial:
-                self._engine.save(partial)
-                files = {path.name: hash_file(path) for path in sorted(partial.iterdir())}
-                marker = {"step": step, "state": state, "identity": self._identity, "files": files}
-                write_json(partial / _MARKER, marker)
-            write_text(self._folder / _LATEST, self._path(step).name + "\n")
-            self._forget_old()
-        self._engine.wait()
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+        self._engine.ranks.wait(f"beginning the checkpoint of step {step}")
+        entries = self._engine.snapshot()
+        marker = {"step": step, "state": state | self._engine.state(), "identity": self._identity}
+        self._failure: OSError | None = None
+        self._writing = threading.Thread(target=self._write, args=(step, partial, entries, marker), name="checkpoint")
+        self._writing.start()
+        if not in_background:
+            self.finish()
+
+    def finish(self) -> None:
+        """Wait for a checkpoint that is being written, on all ranks."""
+        if self._writing is None:
+            return
+        self._writing.join()
+        self._writing = None
+        failures = self._engine.ranks.gather(None if self._failure is None else str(self._failure))
+        full = self._failure is None or self._failure.errno in (errno.ENOSPC, errno.EDQUOT)
+        every_full = not self._engine.ranks.agree(not full, "finishing a checkpoint")
+        said = [f"rank {rank}: {text}" for rank, text in enumerate(failures) if text is not None]
+        if said and not every_full:
+            raise UserError(f"the checkpoint could not be written ({'; '.join(said)})", "a folder that can be written")
+        if said:
+            self._say(f"checkpoint not written, going on without it ({'; '.join(said)}); the last one is kept")
 
     def resume(self) -> Resumed | None:
         """Load the newest whole checkpoint of this run; None if there is none, or the recipe says to start over."""
-        chosen: Any = None
+        if self._training.resume:
+            return self.load_newest()
         if self._engine.is_main:
-            try:
-                chosen = self._newest_whole() if self._training.resume else self._set_aside()
-            except UserError as error:
-                chosen = error  # every rank must hear of it, or the others wait for ever
-        chosen = self._engine.from_main(chosen)
-        if isinstance(chosen, UserError):
-            raise chosen
+            self._set_aside()
+        self._engine.ranks.wait("setting checkpoints aside")
+        return None
+
+    def load_newest(self) -> Resumed | None:
+        """Load the newest whole checkpoint; None if there is none. Broken ones are named and kept."""
+        chosen = self._newest_whole()
         if chosen is None:
             return None
-        self._engine.load(self._path(chosen["step"]))
-        self._say(f"resuming at step {chosen['step']} from {self._path(chosen['step'])}")
+        path = self._path(chosen["step"])
+        files = FragmentFiles([path / name for name in chosen["files"]])
+        self._engine.restore(files, chosen["state"])
+        self._say(f"resuming at step {chosen['step']} from {path}")
         return Resumed(chosen["step"], chosen["state"])
 
+    def files(self, step: int) -> FragmentFiles:
+        """The contents of the committed checkpoint of `step`; UserError if there is none."""
+        marker = _marker(self._path(step))
+        if isinstance(marker, str):
+            raise UserError(f"{self._path(step)}: {marker}", "the checkpoint that was to be written there")
+        return FragmentFiles([self._path(step) / name for name in marker["files"]])
+
+    # ---- writing ---------------------------------------------------------------------------------------------------
+
+    def _write(self, step: int, partial: Path, entries: dict[str, Tensor], marker: dict[str, Any]) -> None:
+        """What the background thread does: this rank's file, then on rank 0 the commit of all."""
+        rank, world = self._engine.ranks.rank, self._engine.world
+        report: dict[str, Any]
+        try:
+            name = f"rank-{rank:05d}-of-{world:05d}.safetensors"
+            write_file(partial / name, entries)
+            sync_tree(partial)
+            report = {"name": name, "sha256": hash_file(partial / name)}
+        except Exception as error:  # safetensors has an exception of its own for what the disk says
+            self._failure = _as_os_error(error)
+            report = {"error": str(error)}
+        if world > 1:
+            self._hand_in(partial, rank, report)
+        if rank == 0:
+            reports = self._handed_in(partial, world) if world > 1 else [report]
+            try:
+                self._commit(step, partial, reports, marker)
+            except OSError as error:
+                self._failure = error
+
+    def _hand_in(self, partial: Path, rank: int, report: dict[str, Any]) -> None:
+        try:
+            write_json(partial / f"rank-{rank:05d}.json", report)
+        except OSError as error:  # rank 0 misses it, and gives the checkpoint up
+            self._failure = error
+
+    def _handed_in(self, partial: Path, world: int) -> list[dict[str, Any]]:
+        """Every rank's report. A rank that never hands one in is given up after the collective timeout."""
+        deadline = time.monotonic() + self._training.engine.collective_timeout_s
+        paths = [partial / f"rank-{rank:05d}.json" for rank in range(world)]
+        while time.monotonic() < deadline and not all(path.is_file() for path in paths):
+            time.sleep(_POLL_S)
+        reports = [json.loads(path.read_text()) if path.is_file() else {"error": "no file"} for path in paths]
+        for path in paths:
+            path.unlink(missing_ok=True)
+        return reports
+
+    def _commit(self, step: int, partial: Path, reports: list[dict[str, Any]], marker: dict[str, Any]) -> None:
+        if any("error" in report for report in reports):
+            shutil.rmtree(partial, ignore_errors=True)
+            return
+        files = {report["name"]: report["sha256"] for report in reports}
+        write_json(partial / _MARKER, marker | {"files": files})
+        sync_tree(partial)
+        target = self._path(step)
+        if target.exists():  # saved a second time, after another evaluation: the same numbers
+            (target / _MARKER).unlink(missing_ok=True)
+            shutil.rmtree(target)
+        partial.rename(target)
+        sync_folder(self._folder)
+        write_text(self._folder / _LATEST, target.name + "\n")
+        self._forget_old()
+
+    def _forget_old(self) -> None:
+        for path in self._paths()[: -self._training.keep_last]:
+            (path / _MARKER).unlink(missing_ok=True)  # first, so that a half-deleted one is never taken for whole
+            sync_folder(path)
+            shutil.rmtree(path)
+
+    # ---- choosing --------------------------------------------------------------------------------------------------
+
     def _newest_whole(self) -> dict[str, Any] | None:
-        for path in reversed(self._paths()):
-            fault = _fault(path)
+        """The marker of the newest checkpoint without a fault; ranks share the hashing, and agree."""
+        ranks = self._engine.ranks
+        for path in ranks.from_main(list(reversed(self._paths())) if ranks.is_main else None):
+            marker = ranks.from_main(_marker(path) if ranks.is_main else None)
+            faults = [marker] if isinstance(marker, str) else ranks.gather(self._fault(path, marker["files"]))
+            fault = next((fault for fault in faults if fault is not None), None)
             if fault is None:
-                marker = json.loads((path / _MARKER).read_text())
                 self._require_same_run(path, marker["identity"])
                 return marker
-            kept = _free_name(path.with_name(f"broken-{path.name}"))
-            path.rename(kept)
-            self._say(f"checkpoint {path} is broken ({fault}); kept as {kept.name}, taking an older one")
+            if ranks.is_main:
+                kept = _free_name(path.with_name(f"broken-{path.name}"))
+                path.rename(kept)
+                self._say(f"checkpoint {path} is broken ({fault}); kept as {kept.name}, taking an older one")
+        return None
+
+    def _fault(self, path: Path, files: dict[str, str]) -> str | None:
+        """What is wrong with this rank's share of the files."""
+        for number, (name, digest) in enumerate(files.items()):
+            if number % self._engine.world != self._engine.ranks.rank:
+                continue
+            if not (path / name).is_file():
+                return f"{name} is missing"
+            if hash_file(path / name) != digest:
+                return f"{name} is not what was written"
         return None
 
     def _require_same_run(self, path: Path, identity: dict[str, Any]) -> None:
@@ -121,12 +248,6 @@ class Checkpoints:
             self._folder.rename(kept)
             self._say(f"starting at step 0; the checkpoints that were there are kept in {kept}")
 
-    def _forget_old(self) -> None:
-        for path in self._paths()[: -self._training.keep_last]:
-            (path / _MARKER).unlink(missing_ok=True)  # first, so that a half-deleted one is never taken for whole
-            sync_folder(path)
-            shutil.rmtree(path)
-
     def _paths(self) -> list[Path]:
         return sorted(path for path in self._folder.glob("step-*") if path.name.removeprefix("step-").isdigit())
 
@@ -134,20 +255,25 @@ class Checkpoints:
         return self._folder / f"step-{step:08d}"
 
 
-def _fault(path: Path) -> str | None:
-    """What is wrong with a checkpoint folder; None if it is whole."""
+def _marker(path: Path) -> dict[str, Any] | str:
+    """The marker of a checkpoint folder, or what is wrong with it."""
     try:
-        files = json.loads((path / _MARKER).read_text())["files"]
+        marker = json.loads((path / _MARKER).read_text())
+        if not isinstance(marker["files"], dict) or not {"step", "state", "identity"} <= set(marker):
+            return f"its {_MARKER} marker is unreadable"
     except FileNotFoundError:
         return f"no {_MARKER} marker"
     except (ValueError, KeyError, TypeError):
         return f"its {_MARKER} marker is unreadable"
-    for name, digest in files.items():
-        if not (path / name).is_file():
-            return f"{name} is missing"
-        if hash_file(path / name) != digest:
-            return f"{name} is not what was written"
-    return None
+    return marker
+
+
+def _as_os_error(error: Exception) -> OSError:
+    """safetensors wraps what the system said: `I/O error: No space left on device (os error 28)`."""
+    if isinstance(error, OSError):
+        return error
+    full = "No space left" in str(error) or "os error 28" in str(error)
+    return OSError(errno.ENOSPC if full else errno.EIO, str(error))
 
 
 def _free_name(path: Path) -> Path:

@@ -1,141 +1,246 @@
-"""One face over Accelerate: whatever the launcher and the number of ranks, the loop only sees these verbs.
+"""One face over the strategies: whatever the launcher, the sharding and the number of ranks, the loop sees these verbs.
 It knows nothing of objectives, data, or when to save."""
 
 import contextlib
 import os
+import socket
+from collections.abc import Callable, Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate import Accelerator, DeepSpeedPlugin, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from accelerate.state import AcceleratorState
-from safetensors.torch import load_model, save_model
+from accelerate.utils import AORecipeKwargs, TERecipeKwargs
 from torch import Tensor, nn
 
 from trainer.config import Training
+from trainer.engine import precision
+from trainer.engine.fragments import FragmentFiles, snapshot
+from trainer.engine.fsdp2 import FullyShardedDataParallel
+from trainer.engine.ranks import Ranks
+from trainer.engine.replicated import Replicated
+from trainer.engine.strategy import BuildOptimizer, StepResult, Strategy
+from trainer.engine.zero import ZeroConfig, chosen_zero, load_zero, resolve_zero
 from trainer.errors import UserError
 
-_WEIGHTS, _OPTIMIZER = "model.safetensors", "optimizer.pt"
+_ANY_HIDDEN_SIZE = 1024  # for a first look at the configuration, before there is a model
 
 
 class Engine:
     """Ranks, device, precision, gradients and optimizer of one training run."""
 
-    model: nn.Module  # what objectives call: the model, wrapped as the launcher needs it
-    optimizer: torch.optim.Optimizer
+    updates: int  # optimizer steps that were applied; skipped ones are not
+    shapes: dict[str, tuple[int, ...]]  # of all parameters, tied ones once, as they are before they are sharded
 
-    def __init__(self, training: Training) -> None:
-        self._training = training
-        asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-        precision = "no" if training.precision == "fp32" else training.precision
-        if asked not in ("no", precision):
-            raise UserError(
-                f"the launcher was told mixed_precision {asked}, the recipe says precision: {training.precision}",
-                "one owner of the precision, the recipe",
-                "leave mixed_precision out of the launch, or change the recipe",
-            )
-        on_cpu = not torch.cuda.is_available()
-        AcceleratorState._reset_state()  # an earlier run in this process may have had another precision
-        # Without the handler Accelerate takes CPU ranks for one process (seen with 1.15).
-        group = [InitProcessGroupKwargs(backend="gloo")] if on_cpu and "RANK" in os.environ else []
-        wrap = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
-        self._accelerator = Accelerator(cpu=on_cpu, mixed_precision=precision, kwargs_handlers=[wrap, *group])
-        # Counts and votes are host numbers: on their own group they never make a GPU wait.
-        self._host_group: Any = torch.distributed.new_group(backend="gloo") if self.world > 1 else None
-
-    @property
-    def rank(self) -> int:
-        return self._accelerator.process_index
+    def __init__(self, training: Training, folder: Path) -> None:
+        self._training, self._folder = training, folder
+        self.updates = 0
+        self.on_cpu = not torch.cuda.is_available()
+        self._zero_name = chosen_zero(training.engine, os.environ)
+        self.strategy_name = self._chosen_strategy()
+        self._require_one_precision()
+        precision.require(training.precision, "cpu" if self.on_cpu else "cuda", self.strategy_name)
+        precision.set_matmul_precision(training.precision)
+        # What disagrees is refused before any process group is formed; the model's size comes in later.
+        world = int(os.environ.get("WORLD_SIZE", "1"))
+        self.zero = self._resolved_zero(world, _ANY_HIDDEN_SIZE) if self._zero_name else None
+        self._accelerator = self._accelerate()
+        self.ranks = Ranks(
+            self._accelerator.process_index, self._accelerator.num_processes, training.engine.collective_timeout_s
+        )
+        self._strategy: Strategy = self._build_strategy()
 
     @property
     def world(self) -> int:
-        return self._accelerator.num_processes
+        return self.ranks.world
 
     @property
     def is_main(self) -> bool:
-        return self._accelerator.is_main_process
+        return self.ranks.is_main
 
     @property
     def device(self) -> torch.device:
         return self._accelerator.device
 
     @property
-    def unwrapped(self) -> nn.Module:
-        """The model without what the launcher's strategy put around it."""
-        return self._prepared
+    def model(self) -> nn.Module:
+        """What objectives call: the model, wrapped as the strategy needs it."""
+        return self._strategy.model
 
-    def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        """Move the model to the device and wrap it; from now on `self.model` is the one to call."""
-        self._prepared = model
-        self.model, self.optimizer = self._accelerator.prepare(model, optimizer)
+    @property
+    def unwrapped(self) -> nn.Module:
+        """The model without what the strategy put around it."""
+        return self._strategy.module
+
+    @property
+    def sharded(self) -> bool:
+        """Whether the optimizer sees pieces of tensors instead of whole ones."""
+        return self.strategy_name == "fsdp2" or (self.zero is not None and self.zero.stage > 0)
+
+    @property
+    def offloads_optimizer(self) -> bool:
+        """Whether the optimizer's work is done by the CPU beside a GPU."""
+        return self.zero is not None and self.zero.offload_optimizer != "none"
+
+    def prepare(self, model: nn.Module, build: BuildOptimizer, hidden_size: int) -> None:
+        """Spread the model over the ranks and make its optimizer; from now on `self.model` is the one to call."""
+        self.shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+        if self._zero_name:
+            self.zero = self._resolved_zero(self.world, hidden_size)
+            self._strategy.configure(self.zero)  # type: ignore[attr-defined]
+        self._strategy.prepare(model, build)
 
     def begin_step(self, step: int, learning_rate: float, seed: int) -> None:
         """Set what an optimizer step depends on: the learning rate, and dropout's randomness by (seed, step, rank)."""
-        for group in self.optimizer.param_groups:
+        for group in self._strategy.optimizer.param_groups:
             group["lr"] = learning_rate
-        mixed = np.random.SeedSequence([seed, 0xD809, step, self.rank]).generate_state(1, np.uint64)[0]
+        mixed = np.random.SeedSequence([seed, 0xD809, step, self.ranks.rank]).generate_state(1, np.uint64)[0]
         torch.manual_seed(int(mixed >> np.uint64(1)))
         self.model.train()
 
     def autocast(self) -> contextlib.AbstractContextManager[None]:
         """The precision in which forward passes run."""
-        return self._accelerator.autocast()
+        return self._strategy.autocast()
 
     def backward(self, loss: Tensor, last: bool) -> None:
-        """Add the gradients of `loss`, already divided by the counts of all ranks; `last`: exchange them now.
+        """Add the gradients of `loss`, already divided by the counts of all ranks; `last`: exchange them now."""
+        self._strategy.backward(loss, last)
 
-        The strategies average over ranks; the loss is a share of a global sum, so the average is multiplied back.
-        """
-        synchronise = contextlib.nullcontext() if last else self._accelerator.no_sync(self.model)
-        with synchronise:
-            self._accelerator.backward(loss * self.world)
+    def step(self) -> StepResult:
+        """Clip and update, unless gradients are not finite; clear them in any case."""
+        result = self._strategy.step()
+        self.updates += result.applied
+        return result
 
-    def step(self) -> Tensor:
-        """Clip, update, clear the gradients. Returns the gradients' norm before clipping, a scalar on the device."""
-        limit = self._training.max_grad_norm or float("inf")
-        norm = self._accelerator.clip_grad_norm_(self.model.parameters(), limit)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        assert norm is not None
-        return norm
+    def loss_scale(self) -> float | None:
+        """fp16: by what the loss is multiplied before backward; else None."""
+        return self._strategy.loss_scale()
 
-    def sum(self, values: list[float]) -> list[float]:
-        """Sums over all ranks, of numbers on the host."""
-        if self._host_group is None:
-            return values
-        total = torch.tensor(values, dtype=torch.float64)
-        torch.distributed.all_reduce(total, group=self._host_group)
-        return total.tolist()
+    def state(self) -> dict[str, Any]:
+        """What belongs into a checkpoint beside the fragments, as JSON; equal on all ranks."""
+        return {"updates": self.updates, "scaler": self._strategy.scaler_state()}
 
-    def agree(self, vote: bool) -> bool:
-        """Whether any rank votes yes; every rank gets the same answer."""
-        return self.sum([float(vote)])[0] > 0
+    def snapshot(self) -> dict[str, Tensor]:
+        """This rank's part of a checkpoint, copied to host memory. A collective under some strategies."""
+        keys = ["weight", *self._strategy.state_keys()]
+        return snapshot(self._strategy.fragments(), keys)
 
-    def from_main(self, value: Any) -> Any:
-        """Rank 0's value, on every rank."""
-        if self._host_group is None:
-            return value
-        box = [value]
-        torch.distributed.broadcast_object_list(box, src=0, group=self._host_group)
-        return box[0]
-
-    def wait(self) -> None:
-        """Until all ranks are here."""
-        self.sum([0.0])
-
-    def save(self, folder: Path) -> None:
-        """Write weights and optimizer state into `folder` (rank 0; the others hold the same)."""
-        if self.is_main:
-            save_model(self.unwrapped, str(folder / _WEIGHTS))
-            torch.save(self.optimizer.state_dict(), folder / _OPTIMIZER)
-
-    def load(self, folder: Path) -> None:
-        """Take weights and optimizer state from a folder that `save` wrote."""
-        load_model(self.unwrapped, folder / _WEIGHTS, device=str(self.device))
-        state = torch.load(folder / _OPTIMIZER, map_location=self.device, weights_only=True)
-        self.optimizer.load_state_dict(state)
+    def restore(self, files: FragmentFiles, state: dict[str, Any]) -> None:
+        """Take weights and optimizer state from the files of any strategy and number of ranks."""
+        keys = self._strategy.state_keys()
+        if set(keys) != files.keys - {"weight"}:
+            raise UserError(
+                f"the checkpoint's optimizer state is {sorted(files.keys - {'weight'})}",
+                f"{sorted(keys)}, which this optimizer goes by",
+                "take the optimizer that the checkpoint was made with, or <stage>.resume=false",
+            )
+        files.restore(self._strategy.fragments(), ["weight", *keys])
+        self.updates = state["updates"]
+        self._strategy.restored(self.updates, state["scaler"])
 
     def peak_memory_gib(self) -> float | None:
         """Most memory the device has held for tensors; None on CPU."""
         return torch.cuda.max_memory_allocated() / 2**30 if self.device.type == "cuda" else None
+
+    def described(self) -> dict[str, Any]:
+        """What was really launched, for launch.json."""
+        about = {"ranks": self.world, "strategy": self.strategy_name,
+                 "types": precision.types(self._training.precision, self.strategy_name)}  # fmt: skip
+        return about | ({"zero": self.zero.name, "deepspeed_config": self.zero.config} if self.zero else {})
+
+    def _resolved_zero(self, world: int, hidden_size: int) -> ZeroConfig:
+        assert self._zero_name is not None
+        return resolve_zero(
+            self._training,
+            world,
+            hidden_size,
+            deepspeed_version(),
+            name=self._zero_name,
+            raw=load_zero(self._zero_name),
+            on_cpu=self.on_cpu,
+            run_dir=self._folder,
+        )
+
+    def _chosen_strategy(self) -> str:
+        asked = self._training.engine.strategy
+        if self._zero_name is not None:
+            return "deepspeed"
+        if asked == "deepspeed":
+            raise UserError("engine.strategy: deepspeed without engine.zero", "a config", "set engine.zero, such as zero2")
+        if asked == "auto":
+            return "fsdp2" if os.environ.get("ACCELERATE_USE_FSDP", "false") == "true" else "ddp"
+        return asked
+
+    def _require_one_precision(self) -> None:
+        asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+        wanted = self._training.precision
+        if asked not in ("no", wanted):
+            raise UserError(
+                f"the launcher was told mixed_precision {asked}, the recipe says precision: {wanted}",
+                "one owner of the precision, the recipe",
+                "leave mixed_precision out of the launch, or change the recipe",
+            )
+
+    def _accelerate(self) -> Accelerator:
+        AcceleratorState._reset_state(reset_partial_state=True)  # an earlier run in this process may have left another
+        timeout = timedelta(seconds=self._training.engine.collective_timeout_s)
+        # Without the named backend Accelerate takes CPU ranks for one process (seen with 1.15).
+        backend = {"backend": "gloo"} if self.on_cpu and "RANK" in os.environ else {}
+        group = InitProcessGroupKwargs(timeout=timeout, **backend)
+        if self.strategy_name == "deepspeed":
+            os.environ.setdefault("DS_ACCELERATOR", "cpu" if self.on_cpu else "cuda")
+            raw = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 0}}  # replaced before prepare
+            group.backend = "gloo" if self.on_cpu else None
+            with _environment_for_deepspeed():
+                return Accelerator(deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=raw), kwargs_handlers=[group])
+        wanted = self._training.precision
+        mixed = wanted if wanted in ("bf16", "fp16", "fp8") and self.strategy_name == "ddp" else "no"
+        wrap = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
+        handlers: list[Any] = [wrap, group]
+        if mixed == "fp8":
+            handlers.append(TERecipeKwargs() if precision.fp8_backend() == "TE" else AORecipeKwargs())
+        return Accelerator(cpu=self.on_cpu, mixed_precision=mixed, kwargs_handlers=handlers)
+
+    def _build_strategy(self) -> Strategy:
+        limit = self._training.max_grad_norm
+        if self.strategy_name == "deepspeed":
+            from trainer.engine.zero_strategy import Zero  # DeepSpeed is an extra, and slow to import
+
+            return Zero(self._accelerator, limit)
+        if self.strategy_name == "fsdp2":
+            return FullyShardedDataParallel(self.device, self.world, self._training.precision, limit)
+        return Replicated(self._accelerator, limit)
+
+
+def deepspeed_version() -> str:
+    """Version of the installed DeepSpeed; UserError if there is none."""
+    from importlib import metadata
+
+    try:
+        return metadata.version("deepspeed")
+    except metadata.PackageNotFoundError:
+        raise UserError("engine.zero, but DeepSpeed is not installed", "it", "pip install 'lmworks[deepspeed]'") from None
+
+
+@contextlib.contextmanager
+def _environment_for_deepspeed() -> Iterator[None]:
+    """DeepSpeed forms a process group even for one process; without a launcher somebody has to tell it where.
+
+    What is set here, and the mark that Accelerate leaves, would bind the next stage of this process too.
+    """
+    before = dict(os.environ)
+    if "RANK" not in os.environ:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = str(probe.getsockname()[1])
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
+    try:
+        yield
+    finally:
+        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "ACCELERATE_USE_DEEPSPEED"):
+            if name not in before:
+                os.environ.pop(name, None)

@@ -3,7 +3,8 @@ It says in which order things happen; each of them is somewhere else."""
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any, NoReturn
 
 import torch
 
@@ -12,11 +13,23 @@ from trainer.data.stream import Batch, TrainStream
 from trainer.engine.checkpoint import Checkpoints
 from trainer.engine.engine import Engine
 from trainer.engine.launch import stop_requested
-from trainer.engine.metrics import Log, Meter, require_finite
+from trainer.engine.metrics import Log, Meter
 from trainer.engine.optim import learning_rate_at
-from trainer.errors import Preempted
+from trainer.engine.strategy import StepResult
+from trainer.engine.trouble import Trouble
+from trainer.errors import Preempted, UserError
 from trainer.objectives.language_model import language_model
 from trainer.objectives.loss import LossSum, Objective
+
+
+@dataclass
+class Progress:
+    """Where a run is, beside its weights: what a checkpoint keeps as `state`."""
+
+    tokens: int = 0  # real tokens trained on, all ranks
+    skipped_steps: int = 0  # steps that were not applied, because a gradient was not finite
+    data_shift_steps: int = 0  # batches left out after loss spikes: step s trains on the batches of s + shift
+    rewinds: int = 0
 
 
 @dataclass(frozen=True)
@@ -32,6 +45,8 @@ class Run:
     checkpoints: Checkpoints
     meter: Meter
     log: Log
+    trouble: Trouble
+    progress: Progress
     bytes_per_token: float | None  # of the validation text; None: no bits per byte (masked LM)
 
 
@@ -40,40 +55,43 @@ def train(run: Run) -> dict[str, float]:
 
     Raises Preempted if any rank was asked to stop; the run is saved then.
     """
-    step, evaluation = _resume(run), None
+    step, evaluation = resume(run), None
     while True:
         if step % run.training.eval_every_steps == 0 or step == run.training.max_steps:
             evaluation = evaluate(run, step)
         if step == run.training.max_steps and evaluation is not None:
+            run.checkpoints.finish()
             return evaluation
-        batches = run.stream.micro_batches(step)
-        counts, stop = _count(run.engine, batches)
-        if stop:
-            _save(run, step)
-            raise Preempted(f"stopped by a signal after step {step}, and saved; run the same command to go on")
-        _step(run, step, batches, counts)
+        batches = run.stream.micro_batches(step + run.progress.data_shift_steps)
+        counts, stop = count_targets(run, step, batches)
+        taken = None if stop else take_step(run, step, batches, counts)
+        if taken is None:
+            _stop(run, step)
+        if run.trouble.spiked(step, taken.loss_share, taken.result, run.engine.loss_scale(), _samples(run, step)):
+            step = _rewind(run, step)
+            continue
         step += 1
         if step % run.training.log_every_steps == 0:
             _report(run, step)
         if run.checkpoints.due(step):
-            _save(run, step)
+            save(run, step)
 
 
 def evaluate(run: Run, step: int) -> dict[str, float] | None:
     """Loss, perplexity and accuracy on the validation rows; None, and nothing reported, if a signal cut it short."""
     totals = {"loss": 0.0, "accuracy": 0.0, "targets": 0.0}
     model = run.engine.unwrapped.eval()
-    with torch.inference_mode(), run.engine.autocast():
+    with torch.no_grad(), run.engine.autocast():
         for batch in run.validation():
-            if run.engine.agree(stop_requested()):
+            if run.engine.ranks.agree(stop_requested(), f"evaluating after step {step}"):
                 return None
             loss = language_model(model, batch.to(run.engine.device))
             totals["loss"] += float(loss.terms["loss"].total)
             totals["accuracy"] += float(loss.reported["accuracy"])
             totals["targets"] += batch.num_targets
-    totals = dict(zip(totals, run.engine.sum(list(totals.values())), strict=True))
+    totals = dict(zip(totals, run.engine.ranks.sum(list(totals.values()), "adding up an evaluation"), strict=True))
     loss_nats = totals["loss"] / totals["targets"]
-    row = {"tokens": run.meter.tokens, "loss": loss_nats, "perplexity": math.exp(min(loss_nats, 700.0))}
+    row = {"tokens": run.progress.tokens, "loss": loss_nats, "perplexity": math.exp(min(loss_nats, 700.0))}
     row["accuracy" if run.bytes_per_token else "masked_accuracy"] = totals["accuracy"] / totals["targets"]
     if run.bytes_per_token:
         row["bits_per_byte"] = loss_nats / math.log(2) / run.bytes_per_token
@@ -82,48 +100,105 @@ def evaluate(run: Run, step: int) -> dict[str, float] | None:
     return row
 
 
-def _resume(run: Run) -> int:
+def resume(run: Run) -> int:
+    """Load the newest checkpoint, if there is one; returns the step to go on with."""
     resumed = run.checkpoints.resume()
     if resumed is None:
         run.log.event("start", 0)
         return 0
-    run.meter.tokens = resumed.state["tokens"]
+    _take_progress(run, resumed.state)
     run.log.event("resume", resumed.step)
     return resumed.step
 
 
-def _count(engine: Engine, batches: list[Batch]) -> tuple[dict[str, float], bool]:
+def _take_progress(run: Run, state: dict[str, Any]) -> None:
+    for name in asdict(run.progress):
+        setattr(run.progress, name, state[name])
+
+
+def count_targets(run: Run, step: int, batches: list[Batch]) -> tuple[dict[str, float], bool]:
     """Targets and tokens of the step, and whether any rank was asked to stop; all ranks get the same answer."""
     targets = sum(batch.num_targets for batch in batches)
     tokens = sum(batch.num_tokens for batch in batches)
-    all_targets, all_tokens, stops = engine.sum([float(targets), float(tokens), float(stop_requested())])
+    local = [float(targets), float(tokens), float(stop_requested())]
+    all_targets, all_tokens, stops = run.engine.ranks.sum(local, f"counting the targets of step {step}")
     return {"targets": all_targets, "tokens": all_tokens}, stops > 0
 
 
-def _step(run: Run, step: int, batches: list[Batch], counts: dict[str, float]) -> None:
+@dataclass(frozen=True)
+class Taken:
+    """One optimizer step that was tried."""
+
+    loss_share: float  # this rank's part of the step's loss; the sum over ranks is the loss
+    result: StepResult
+
+
+def take_step(run: Run, step: int, batches: list[Batch], counts: dict[str, float]) -> Taken | None:
+    """Try one optimizer step; None if a signal came between its micro-batches, and nothing was changed."""
     schedule = run.training.schedule
     learning_rate = learning_rate_at(step, run.training.optim.learning_rate, schedule, run.training.max_steps)
     run.engine.begin_step(step, learning_rate, run.seed)
+    total = torch.zeros((), device=run.engine.device)
     for number, batch in enumerate(batches, start=1):
-        with run.engine.autocast():
+        if number > 1 and run.engine.ranks.agree(stop_requested(), f"accumulating in step {step}"):
+            return None
+        with run.engine.autocast(), run.meter.forward_watch:
             loss: LossSum = run.objective(run.engine.model, batch.to(run.engine.device))
-        run.engine.backward(loss.divided(counts), last=number == len(batches))
+            share = loss.divided(counts)
+        run.engine.backward(share, last=number == len(batches))
+        total += share.detach()
         run.meter.add(loss)
-    run.meter.step(counts, run.engine.step())
+    result = run.engine.step()
+    run.progress.tokens += int(counts["tokens"])
+    run.progress.skipped_steps += not result.applied
+    run.meter.step(counts, result)
+    return Taken(float(total), result)
+
+
+def _samples(run: Run, step: int) -> tuple[int, int]:
+    """First and last sample of a step's batch."""
+    first = (step + run.progress.data_shift_steps) * run.training.global_batch_size
+    return first, first + run.training.global_batch_size - 1
+
+
+def _stop(run: Run, step: int) -> NoReturn:
+    save(run, step, in_background=False)
+    raise Preempted(f"stopped by a signal after step {step}, and saved; run the same command to go on")
+
+
+def _rewind(run: Run, step: int) -> int:
+    """Go back to the last checkpoint before a loss spike, and leave the batches around it out (PaLM's way)."""
+    spike = run.training.loss_spike
+    assert spike is not None
+    before = run.progress.data_shift_steps, run.progress.rewinds
+    run.checkpoints.finish()
+    resumed = run.checkpoints.load_newest()
+    if resumed is None:
+        raise UserError(f"the loss spiked at step {step}, before the first checkpoint", "one to go back to",
+                        "lower optim.learning_rate, warm up longer, or lower save_every_steps")  # fmt: skip
+    _take_progress(run, resumed.state)
+    run.progress.data_shift_steps = before[0] + step - resumed.step + spike.skip_steps
+    run.progress.rewinds = before[1] + 1
+    run.meter.clear()
+    run.log.event("rewind", resumed.step, spiked_at=step, data_shift_steps=run.progress.data_shift_steps)
+    run.log.say(f"loss spike at step {step}: back to step {resumed.step}, {spike.skip_steps} batches after it left out")
+    return resumed.step
 
 
 def _report(run: Run, step: int) -> None:
     row = run.meter.flush()
-    samples = step * run.training.global_batch_size
     training = run.training
     learning_rate = learning_rate_at(step - 1, training.optim.learning_rate, training.schedule, training.max_steps)
-    run.log.event("train", step, samples=samples, tokens=run.meter.tokens, learning_rate=learning_rate, **row)
-    require_finite(row, step, (samples - training.log_every_steps * training.global_batch_size, samples - 1))
+    progress = {"tokens": run.progress.tokens, "skipped_steps": run.progress.skipped_steps}
+    samples = step * training.global_batch_size
+    run.log.event("train", step, samples=samples, **progress, learning_rate=learning_rate, **row)
     run.log.progress(step, row)
 
 
-def _save(run: Run, step: int) -> None:
-    """A checkpoint, after making sure that no step since the last report went wrong."""
+def save(run: Run, step: int, in_background: bool | None = None) -> None:
+    """Report what was not reported, and write a checkpoint; in the background if the recipe says so."""
     if run.meter.has_steps():
         _report(run, step)
-    run.checkpoints.save(step, {"tokens": run.meter.tokens})
+    last = step == run.training.max_steps
+    background = run.training.checkpoint.asynchronous and not last if in_background is None else in_background
+    run.checkpoints.save(step, asdict(run.progress), background)

@@ -3,6 +3,7 @@ Numbers are global, over all ranks; their arithmetic is in the loop and the obje
 
 import json
 import math
+import statistics
 import time
 from pathlib import Path
 from types import TracebackType
@@ -15,7 +16,7 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from trainer.engine.engine import Engine
-from trainer.errors import UserError
+from trainer.engine.strategy import StepResult
 from trainer.objectives.loss import LossSum
 
 
@@ -23,18 +24,21 @@ class Meter:
     """Sums of the loss terms since the last report; they stay on the device until someone asks."""
 
     def __init__(self, engine: Engine, flops_per_token: float, peak_flops: float | None) -> None:
-        self.tokens = 0  # real tokens trained on, all ranks, since step 0
         self._engine = engine
         self._flops_per_token = flops_per_token
         self._peak_flops = peak_flops
-        self._clear()
+        self.forward_watch = Stopwatch(engine.device)
+        self.clear()
 
-    def _clear(self) -> None:
+    def clear(self) -> None:
+        """Forget the steps since the last report."""
+        self.forward_watch.seconds()
         self._sums: dict[str, Tensor] = {}
+        self._pending: dict[str, Tensor] = {}
         self._weights: dict[str, tuple[float, str]] = {}
         self._counts = {"targets": 0.0, "tokens": 0.0}
         self._steps = 0
-        self._norm: Tensor | None = None
+        self._norm = math.nan
         self._began = time.perf_counter()
 
     def add(self, loss: LossSum) -> None:
@@ -47,32 +51,45 @@ class Meter:
             self._accumulate(name, total)
 
     def _accumulate(self, name: str, value: Tensor) -> None:
-        self._sums[name] = self._sums[name] + value if name in self._sums else value
+        self._pending[name] = self._pending[name] + value if name in self._pending else value
 
-    def step(self, counts: dict[str, float], grad_norm: Tensor) -> None:
-        """Take in the end of one optimizer step: its global counts and gradient norm before clipping."""
+    def step(self, counts: dict[str, float], result: StepResult) -> None:
+        """Take in the end of one optimizer step and its global counts; the losses of a skipped one count for nothing."""
+        self._steps += 1
+        self._norm = result.grad_norm
+        pending, self._pending = self._pending, {}
+        if not result.applied and self._sums:
+            return
         for name, count in counts.items():
             self._counts[name] += count
-        self.tokens += int(counts["tokens"])
-        self._steps += 1
-        self._norm = grad_norm
+        for name, value in pending.items():
+            self._sums[name] = self._sums[name] + value if name in self._sums else value
 
     def flush(self) -> dict[str, float | None]:
         """Global means over the steps since the last call. A collective: every rank calls it."""
         seconds = time.perf_counter() - self._began
         names = list(self._sums)
         local = torch.stack([self._sums[name].float() for name in names]).tolist()
-        totals = dict(zip(names, self._engine.sum(local), strict=True))
+        totals = dict(zip(names, self._engine.ranks.sum(local, "adding up the losses"), strict=True))
         means = {name: total / self._counts[self._weights[name][1]] for name, total in totals.items()}
         terms = [name for name in names if self._weights[name][0]]
         row: dict[str, float | None] = {"loss": sum(self._weights[name][0] * means[name] for name in terms)}
         row |= {f"loss_{name}": means[name] for name in terms if name != "loss"}
         row |= {name: means[name] for name in names if name not in terms}
-        assert self._norm is not None
-        row["grad_norm_before_clip"] = float(self._norm)
-        row |= self._speed(seconds)
-        self._clear()
+        row["grad_norm_before_clip"] = self._norm
+        row |= self._speed(seconds) | self._stragglers()
+        if (scale := self._engine.loss_scale()) is not None:
+            row["loss_scale"] = scale
+        self.clear()
         return row
+
+    def _stragglers(self) -> dict[str, float | None]:
+        """Who is slowest. The time of forward passes tells it: the rest of a step, each rank waits for all."""
+        seconds = self._engine.ranks.gather(self.forward_watch.seconds())
+        if len(seconds) == 1:
+            return {}
+        slowest = max(range(len(seconds)), key=seconds.__getitem__)
+        return {"slowest_rank": slowest, "slowest_to_median": seconds[slowest] / statistics.median(seconds)}
 
     def _speed(self, seconds: float) -> dict[str, float | None]:
         tokens_per_s = self._counts["tokens"] / seconds
@@ -91,15 +108,33 @@ class Meter:
         return self._steps > 0
 
 
-def require_finite(row: dict[str, Any], step: int, samples: tuple[int, int]) -> None:
-    """UserError if a step's loss or gradient norm is not a number; the last checkpoint is from before it."""
-    bad = [name for name in ("loss", "grad_norm_before_clip") if not math.isfinite(row[name])]
-    if bad:
-        raise UserError(
-            f"{' and '.join(bad)} not finite at or before step {step} (samples {samples[0]} to {samples[1]})",
-            "finite numbers; nothing was saved since, the last checkpoint is intact",
-            "lower optim.learning_rate, set max_grad_norm, or look at those samples, and run again",
-        )
+class Stopwatch:
+    """Adds up the time between entering and leaving, on a GPU the GPU's own, without waiting for it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._on_gpu = device.type == "cuda"
+        self._seconds = 0.0
+        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+
+    def __enter__(self) -> None:
+        if self._on_gpu:
+            pair = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            pair[0].record()
+            self._events.append(pair)
+        self._began = time.perf_counter()
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._on_gpu:
+            self._events[-1][1].record()
+        self._seconds += time.perf_counter() - self._began
+
+    def seconds(self) -> float:
+        """The sum so far, which is begun anew. On a GPU, waits for what was measured."""
+        if self._events:
+            self._events[-1][1].synchronize()
+            self._seconds = sum(began.elapsed_time(ended) for began, ended in self._events) / 1e3
+        seconds, self._seconds, self._events = self._seconds, 0.0, []
+        return seconds
 
 
 class Log:

@@ -1,0 +1,101 @@
+"""Ranks that begin as forks of one warm process: real gloo ranks without twenty seconds of imports for each launch.
+
+    python forked.py PLAN.json
+
+PLAN is a list of attempts, done one after another. An attempt: {"ranks": N, "arguments": [lmworks arguments], and
+optionally "kill": {"file": metrics file, "delay_s": s} (SIGKILL to all ranks that long after the file first grows) or
+"stop_before_step": k (as if a signal had come there)}. With "until_done" the attempts are repeated until one is not
+killed. Prints the ranks' exit codes of each attempt as JSON.
+"""
+
+import json
+import os
+import signal
+import socket
+import sys
+import time
+from pathlib import Path
+
+os.environ["DS_ACCELERATOR"] = "cpu"
+
+import torch
+
+import trainer.engine.loop as loop
+import trainer.engine.zero_strategy
+import trainer.pretrain
+import trainer.session  # noqa: F401 - warm
+from trainer.__main__ import main
+
+
+def free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
+def be_rank(rank: int, attempt: dict, port: str) -> int:
+    ranks = attempt["ranks"]
+    if ranks > 1:
+        os.environ.update(
+            {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
+        )
+        os.environ.update({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port})
+    torch.set_num_threads(1)
+    if (stop := attempt.get("stop_before_step")) is not None:
+        count = loop.count_targets
+
+        def stopping(run, step, batches):
+            counts, stopped = count(run, step, batches)
+            return counts, stopped or step == stop
+
+        loop.count_targets = stopping
+    return main(attempt["arguments"])
+
+
+def fork(rank: int, attempt: dict, port: str) -> int:
+    pid = os.fork()
+    if pid == 0:
+        code = 99
+        try:
+            code = be_rank(rank, attempt, port)
+        except BaseException:
+            import traceback
+
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+    return pid
+
+
+def size(path: str) -> int:
+    return os.path.getsize(path) if os.path.exists(path) else 0
+
+
+def run(attempt: dict) -> list[int]:
+    kill = attempt.get("kill")
+    before, deadline = size(kill["file"]) if kill else 0, float("inf")
+    port = free_port()
+    pids = [fork(rank, attempt, port) for rank in range(attempt["ranks"])]
+    codes: dict[int, int] = {}
+    while len(codes) < len(pids):
+        for pid in set(pids) - set(codes):
+            done, status = os.waitpid(pid, os.WNOHANG)
+            if done:
+                codes[pid] = os.waitstatus_to_exitcode(status)
+        if kill and deadline == float("inf") and size(kill["file"]) > before:
+            deadline = time.monotonic() + kill["delay_s"]
+        if time.monotonic() >= deadline:
+            for pid in set(pids) - set(codes):
+                os.kill(pid, signal.SIGKILL)
+            deadline = float("inf")
+        time.sleep(0.002)
+    return [codes[pid] for pid in pids]
+
+
+if __name__ == "__main__":
+    results = []
+    for attempt in json.loads(Path(sys.argv[1]).read_text()):
+        results.append(run(attempt))
+    print(json.dumps(results))

@@ -1,0 +1,152 @@
+"""Every strategy and ZeRO stage trains alike, on two real gloo ranks, and takes up what another one left."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from trainer.__main__ import main
+from trainer.recipe_file import load_recipe
+
+FORKED = Path(__file__).with_name("forked.py")
+ROOT = Path(__file__).parents[2]
+pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
+
+STEPS = 20
+STRATEGIES = {
+    "ddp": [],
+    "fsdp2": ["pretrain.engine.strategy=fsdp2"],
+    "zero0": ["pretrain.engine.zero=zero0"],
+    "zero1": ["pretrain.engine.zero=zero1"],
+    "zero2": ["pretrain.engine.zero=zero2"],
+    "zero3": ["pretrain.engine.zero=zero3"],
+}
+
+
+def run_forked(tmp_path, attempts):
+    """Run attempts one after another; returns the ranks' exit codes of each, and what was said."""
+    plan = tmp_path / "plan.json"
+    plan.write_text(json.dumps(attempts))
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("ACCELERATE_", "MASTER_"))}
+    environment = clean | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, FORKED, plan], env=environment, capture_output=True, text=True, timeout=500, cwd=ROOT
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1]), done.stderr
+
+
+@pytest.fixture
+def recipe(written_recipe):
+    """Writes a tiny recipe without dropout, which falls otherwise on other numbers of ranks; clipping is at work."""
+
+    def write(name, architecture="bert", **settings):
+        fixed = {"max_steps": STEPS, "max_grad_norm": 0.05, "save_every_steps": 10, "micro_batch_size": 1}
+        path = written_recipe(architecture, name, **fixed | settings)
+        tree = json.loads(path.read_text())
+        tree["pretrain"]["model"]["config"] |= (
+            {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+            if architecture == "bert"
+            else {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+        )
+        path.write_text(json.dumps(tree))
+        return path
+
+    return write
+
+
+def weights(path):
+    return load_file(load_recipe(str(path)).run_dir / "pretrain" / "model" / "model.safetensors")
+
+
+def rows(path, event="train"):
+    lines = (load_recipe(str(path)).run_dir / "pretrain" / "metrics.jsonl").read_text().splitlines()
+    return [row for row in map(json.loads, lines) if row["event"] == event]
+
+
+def assert_alike(path, reference, tolerance):
+    """Losses, gradient norms and final weights of two runs agree."""
+    ours, theirs = ({row["step"]: row for row in rows(one)} for one in (path, reference))
+    assert ours.keys() == theirs.keys()
+    for step, row in ours.items():
+        assert row["tokens"] == theirs[step]["tokens"]
+        for name in ("loss", "grad_norm_before_clip"):
+            assert row[name] == pytest.approx(theirs[step][name], rel=tolerance), (path.stem, step, name)
+    for name, tensor in weights(reference).items():
+        torch.testing.assert_close(weights(path)[name], tensor, rtol=tolerance, atol=tolerance, msg=name)
+
+
+def test_every_strategy_trains_alike(recipe, tmp_path):
+    """Two ranks, accumulation 1 and 4, padded rows, every step clipped: against plain AdamW in one process."""
+    reference = recipe("reference", micro_batch_size=8)
+    assert main(["pretrain", str(reference)]) == 0
+    assert all(row["grad_norm_before_clip"] > 0.05 for row in rows(reference))
+    cases = {f"{name}x{8 // micro // 2}": (overrides, micro) for name, overrides in STRATEGIES.items() for micro in (1, 4)}
+    paths = {name: recipe(name, micro_batch_size=micro) for name, (_, micro) in cases.items()}
+    attempts = [{"ranks": 2, "arguments": ["pretrain", str(paths[name]), *overrides]} for name, (overrides, _) in cases.items()]
+    codes, said = run_forked(tmp_path, attempts)
+    assert codes == [[0, 0]] * len(attempts), said[-3000:]
+    for name, path in paths.items():
+        assert_alike(path, reference, 2e-4)
+
+
+def test_a_checkpoint_is_taken_up_by_any_strategy_and_number_of_ranks(recipe, tmp_path):
+    """Stopped at step 10 under one, finished under another, each against the run that was never stopped."""
+    reference = recipe("reference", micro_batch_size=8)
+    assert main(["pretrain", str(reference)]) == 0
+    pairs = [
+        ("zero2", 2, "zero2", 1),
+        ("zero2", 1, "zero3", 2),
+        ("zero3", 2, "zero1", 2),
+        ("zero3", 2, "fsdp2", 4),
+        ("fsdp2", 2, "ddp", 1),
+        ("ddp", 1, "zero0", 2),
+        ("zero1", 2, "zero3", 4),
+    ]
+    attempts, paths = [], []
+    for before, ranks, after, more_ranks in pairs:
+        path = recipe(f"{before}-{ranks}-{after}-{more_ranks}")
+        paths.append(path)
+        attempts.append({"ranks": ranks, "arguments": ["pretrain", str(path), *STRATEGIES[before]], "stop_before_step": 10})
+        attempts.append({"ranks": more_ranks, "arguments": ["pretrain", str(path), *STRATEGIES[after]]})
+    codes, said = run_forked(tmp_path, attempts)
+    for (_, ranks, _, more_ranks), stopped, done in zip(pairs, codes[::2], codes[1::2], strict=True):
+        assert stopped == [75] * ranks, said[-3000:]
+        assert done == [0] * more_ranks, said[-3000:]
+    for path in paths:
+        assert [row["step"] for row in rows(path, "resume")] == [10]
+        assert_alike(path, reference, 2e-4)
+
+
+KILLS = {"ddp": 4, "zero2": 4, "zero3": 4}
+
+
+@pytest.mark.parametrize("strategy", KILLS)
+def test_killed_at_any_instant_it_ends_as_if_nothing_had_happened(recipe, tmp_path, strategy):
+    """SIGKILL to both ranks at random instants, a checkpoint after every step, every other run saving in background:
+    bit for bit, because two numbers have one sum."""
+    settings = {"save_every_steps": 1, "micro_batch_size": 2}
+    unbroken, broken = recipe("unbroken", **settings), recipe("broken", **settings)
+    metrics = str(load_recipe(str(broken)).run_dir / "pretrain" / "metrics.jsonl")
+    arguments = ["pretrain", str(broken), *STRATEGIES[strategy]]
+    background = ["pretrain.checkpoint.asynchronous=true"]
+    delays = np.random.default_rng(11).uniform(0.05, 0.8, size=KILLS[strategy])
+    attempts = [
+        {"ranks": 2, "arguments": arguments + background * (number % 2), "kill": {"file": metrics, "delay_s": delay}}
+        for number, delay in enumerate(delays)
+    ]
+    attempts += [{"ranks": 2, "arguments": arguments}]
+    attempts += [{"ranks": 2, "arguments": ["pretrain", str(unbroken), *STRATEGIES[strategy]]}]
+    codes, said = run_forked(tmp_path, attempts)
+    assert codes[-2:] == [[0, 0], [0, 0]], said[-3000:]
+    assert sum(code == [-9, -9] for code in codes[:-2]) >= 2
+    assert rows(broken, "resume")
+    ours, theirs = weights(broken), weights(unbroken)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)

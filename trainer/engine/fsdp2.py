@@ -1,0 +1,89 @@
+"""Training with every parameter sharded over all ranks by PyTorch's own fully_shard (FSDP2).
+Blocks are gathered one after another, in the order in which the model runs them; each rank saves what it holds."""
+
+import contextlib
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+from trainer.engine.fragments import WEIGHT, Fragment, of_views
+from trainer.engine.strategy import BuildOptimizer, StepResult, elementwise_states, make_states, set_updates
+from trainer.models import transformer_layers
+
+
+class FullyShardedDataParallel:
+    """See `strategy.Strategy`. Parameters, gradients and optimizer state are float32 DTensors."""
+
+    model: nn.Module
+    module: nn.Module
+    optimizer: torch.optim.Optimizer
+
+    def __init__(self, device: torch.device, world: int, precision: str, max_grad_norm: float | None) -> None:
+        self._device, self._world = device, world
+        self._limit = math.inf if max_grad_norm is None else max_grad_norm
+        # Gradients are summed over ranks in float32 whatever the compute dtype is.
+        compute = torch.bfloat16 if precision == "bf16" else None
+        self._policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32, output_dtype=None)
+
+    def prepare(self, model: nn.Module, build: BuildOptimizer) -> None:
+        mesh = init_device_mesh(self._device.type, (self._world,))
+        model.to(self._device)
+        for block in transformer_layers(model):
+            fully_shard(block, mesh=mesh, mp_policy=self._policy)
+        self._root: FSDPModule = fully_shard(model, mesh=mesh, mp_policy=self._policy)
+        self.model = self.module = model
+        self.optimizer = build(model)
+
+    def autocast(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()  # the policy casts what each block gets
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        self._root.set_requires_gradient_sync(last)
+        (loss * self._world).backward()  # reduce-scatter averages over ranks, and a sum is wanted
+
+    def step(self) -> StepResult:
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self._limit)
+        grad_norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+        applied = math.isfinite(grad_norm)
+        if applied:
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return StepResult(grad_norm, applied)
+
+    def loss_scale(self) -> float | None:
+        return None
+
+    def fragments(self) -> list[Fragment]:
+        pieces = []
+        for name, parameter in self.module.named_parameters():
+            assert isinstance(parameter, DTensor)
+            rows = -(-parameter.shape[0] // self._world)  # fully_shard cuts the first dimension as torch.chunk does
+            start = parameter.device_mesh.get_local_rank() * rows * math.prod(parameter.shape[1:])
+            if numel := parameter.to_local().numel():
+                pieces.append(of_views(name, parameter.shape, start, numel, self._views(parameter)))
+        return pieces
+
+    def _views(self, parameter: DTensor) -> Callable[[str], Tensor]:
+        def views(key: str) -> Tensor:
+            value = parameter if key == WEIGHT else self.optimizer.state[parameter][key]
+            assert isinstance(value, DTensor)
+            return value.to_local().detach().view(-1)
+
+        return views
+
+    def state_keys(self) -> list[str]:
+        if not self.optimizer.state:
+            make_states(self.optimizer)
+        return elementwise_states(self.optimizer)
+
+    def restored(self, updates: int, scaler: Mapping[str, Any]) -> None:
+        set_updates(self.optimizer, updates)
+
+    def scaler_state(self) -> dict[str, Any]:
+        return {}

@@ -1,0 +1,95 @@
+"""The ranks of a run: who this process is, numbers and votes of the host between them, and who is missing if one hangs.
+What tensors a strategy sends between devices is its own affair."""
+
+import json
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from trainer.errors import RankLost
+
+
+class Ranks:
+    """This process among all of a run. Host numbers go over a gloo group of their own, so they never make a GPU wait."""
+
+    def __init__(self, rank: int, world: int, timeout_s: float) -> None:
+        self.rank, self.world = rank, world
+        self._timeout_s = timeout_s
+        self._calls = 0
+        self._group: Any = None
+        if world > 1:
+            self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
+            self._store = dist.distributed_c10d._get_default_store()
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, values: list[float], doing: str = "waiting for the others") -> list[float]:
+        """Sums over all ranks, of numbers on the host. `doing` names the call if a rank never comes to it."""
+        if self._group is None:
+            return values
+        total = torch.tensor(values, dtype=torch.float64)
+        self._arrive(doing)
+        try:
+            dist.all_reduce(total, group=self._group)
+        except RuntimeError as error:
+            raise self.lost(error) from error
+        return total.tolist()
+
+    def agree(self, vote: bool, doing: str = "voting") -> bool:
+        """Whether any rank votes yes; every rank gets the same answer."""
+        return self.sum([float(vote)], doing)[0] > 0
+
+    def wait(self, doing: str = "waiting for the others") -> None:
+        """Until all ranks are here."""
+        self.sum([0.0], doing)
+
+    def from_main(self, value: Any) -> Any:
+        """Rank 0's value, on every rank."""
+        if self._group is None:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, group=self._group)
+        return box[0]
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's value, in the order of ranks, on every rank."""
+        if self._group is None:
+            return [value]
+        values: list[Any] = [None] * self.world
+        dist.all_gather_object(values, value, group=self._group)
+        return values
+
+    def lost(self, error: RuntimeError) -> Exception:
+        """What a failed collective means: RankLost naming who is missing, or the error itself if it is another."""
+        text = str(error)
+        signs = ("timed out", "timeout", "connection closed", "connection reset", "connection refused", "broken pipe")
+        if self._group is None or not any(sign in text.lower() for sign in signs):
+            return error
+        calls = {rank: self._last_call(rank) for rank in range(self.world)}
+        furthest = max(count for count, _ in calls.values())
+        behind = [f"rank {rank} (last seen {doing})" for rank, (count, doing) in calls.items() if count < furthest]
+        doing = next(doing for count, doing in calls.values() if count == furthest)
+        return RankLost(
+            f"rank {self.rank} waited for {', '.join(behind) or 'a rank that ended'} while {doing}: {text.splitlines()[0]}",
+            f"all {self.world} ranks within {self._timeout_s:g} s (engine.collective_timeout_s)",
+            "look at the log of that rank and its node, and run the same command again: it resumes",
+        )
+
+    def _arrive(self, doing: str) -> None:
+        """Tell the store, which outlives a hanging rank, where this one is."""
+        self._calls += 1
+        self._store.set(f"lmworks/at/{self.rank}", json.dumps([self._calls, doing]))
+
+    def _last_call(self, rank: int) -> tuple[int, str]:
+        key = f"lmworks/at/{rank}"
+        try:
+            if not self._store.check([key]):
+                return 0, "at the start"
+            count, doing = json.loads(self._store.get(key))
+        except RuntimeError:
+            return 0, "nowhere: the store does not answer"
+        return count, doing
