@@ -29,12 +29,13 @@ WALLS = {
 # These stand on nothing heavy, so that --dry-run answers at once on a login node.
 LIGHT = ("trainer/__init__.py", "trainer/__main__.py", "trainer/config.py", "trainer/errors.py", "trainer/artifact.py",
          "trainer/environment.py", "trainer/recipe_file.py", "trainer/schema.py", "trainer/doctor.py",
-         "trainer/engine/__init__.py", "trainer/engine/launch.py", "trainer/engine/zero.py")  # fmt: skip
+         "trainer/engine/__init__.py", "trainer/engine/launch.py", "trainer/engine/zero.py",
+         "trainer/engine/zero_facts.py")  # fmt: skip
 HEAVY = ("torch", "transformers", "accelerate", "deepspeed", "tokenizers", "onnx", "onnxruntime", "tensorflow")
 # Lower numbers may not import higher ones; what is not listed is a stage or a piece of one, on top of all.
 FLOORS = (
     ("trainer/errors.py",),
-    ("trainer/config.py", "trainer/engine/launch.py"),
+    ("trainer/config.py", "trainer/engine/launch.py", "trainer/engine/zero_facts.py"),
     ("trainer/recipe_file.py", "trainer/artifact.py"),
     ("trainer/environment.py", "trainer/models.py", "trainer/data/", "trainer/objectives/"),
     ("trainer/engine/optim.py", "trainer/engine/zero.py"),
