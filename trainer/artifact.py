@@ -76,6 +76,11 @@ def sync_tree(folder: Path) -> None:
         sync_folder(Path(parent))
 
 
+def sync_file(path: Path) -> None:
+    """Flush one file to disk."""
+    _fsync(path, os.O_RDONLY)
+
+
 def sync_folder(folder: Path) -> None:
     """Flush a folder's entries to disk (renames are durable only after this)."""
     _fsync(folder, os.O_RDONLY | os.O_DIRECTORY)

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from trainer.artifact import hash_file, sync_folder, sync_tree, write_json, write_text
+from trainer.artifact import hash_file, sync_file, sync_folder, sync_tree, write_json, write_text
 from trainer.config import Training
 from trainer.engine.engine import Engine
 from trainer.engine.fragments import FragmentFiles, write_file
@@ -149,7 +149,7 @@ class Checkpoints:
         try:
             name = f"rank-{rank:05d}-of-{world:05d}.safetensors"
             write_file(partial / name, entries)
-            sync_tree(partial)
+            sync_file(partial / name)
             report = {"name": name, "sha256": hash_file(partial / name)}
         except Exception as error:  # safetensors has an exception of its own for what the disk says
             self._failure = _as_os_error(error)

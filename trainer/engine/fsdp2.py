@@ -60,6 +60,9 @@ class FullyShardedDataParallel:
         return None
 
     def fragments(self) -> list[Fragment]:
+        for part in self.module.modules():
+            if isinstance(part, FSDPModule):
+                part.reshard()  # after an evaluation the root is still whole
         pieces = []
         for name, parameter in self.module.named_parameters():
             assert isinstance(parameter, DTensor)

@@ -17,7 +17,7 @@ class Ranks:
     def __init__(self, rank: int, world: int, timeout_s: float) -> None:
         self.rank, self.world = rank, world
         self._timeout_s = timeout_s
-        self._calls = 0
+        self._calls, self._doing = 0, "at the start"
         self._group: Any = None
         if world > 1:
             self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
@@ -69,12 +69,11 @@ class Ranks:
         signs = ("timed out", "timeout", "connection closed", "connection reset", "connection refused", "broken pipe")
         if self._group is None or not any(sign in text.lower() for sign in signs):
             return error
-        calls = {rank: self._last_call(rank) for rank in range(self.world)}
-        furthest = max(count for count, _ in calls.values())
-        behind = [f"rank {rank} (last seen {doing})" for rank, (count, doing) in calls.items() if count < furthest]
-        doing = next(doing for count, doing in calls.values() if count == furthest)
+        calls = {rank: self._last_call(rank) for rank in range(self.world) if rank != self.rank}
+        behind = [f"rank {rank} (last seen {doing})" for rank, (count, doing) in calls.items() if count < self._calls]
         return RankLost(
-            f"rank {self.rank} waited for {', '.join(behind) or 'a rank that ended'} while {doing}: {text.splitlines()[0]}",
+            f"rank {self.rank}, {self._doing}, waited for {', '.join(behind) or 'a rank that ended'}: "
+            f"{text.splitlines()[0]}",
             f"all {self.world} ranks within {self._timeout_s:g} s (engine.collective_timeout_s)",
             "look at the log of that rank and its node, and run the same command again: it resumes",
         )
@@ -82,6 +81,7 @@ class Ranks:
     def _arrive(self, doing: str) -> None:
         """Tell the store, which outlives a hanging rank, where this one is."""
         self._calls += 1
+        self._doing = doing
         self._store.set(f"lmworks/at/{self.rank}", json.dumps([self._calls, doing]))
 
     def _last_call(self, rank: int) -> tuple[int, str]:
