@@ -1,6 +1,7 @@
 """What every training stage has around its objective: engine, data, checkpoints, log, the loop, the model folder.
 Pretraining and distillation differ in the model and the objective they hand in, and in nothing here."""
 
+import math
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from trainer.artifact import content_hash, staging, write_artifact, write_json, write_text
+from trainer.attention import Kernel, attention_dropout, check_isolation, choose_attention
 from trainer.config import Data, MaskedLM, Recipe, Training
 from trainer.config import Objective as ObjectiveConfig
 from trainer.data.masking import masking
@@ -23,9 +25,10 @@ from trainer.engine.loop import Run, train
 from trainer.engine.metrics import Log, Meter
 from trainer.engine.optim import build_optimizer
 from trainer.environment import describe, launch_command, peak_flops
+from trainer.heads import WHOLE, choose_loss_plan
 from trainer.models import (
     LanguageModel,
-    check_isolation,
+    checkpoint_layers,
     count_parameters,
     decay_groups,
     load_tokenizer,
@@ -75,11 +78,7 @@ class Session:
 
     def _wire(self, model: PreTrainedModel, objective: Objective, inputs: dict[str, str]) -> Run:
         training, recipe = self._training, self._recipe
-        module = LanguageModel(model)
-        if self._data.packing == "isolate":
-            check_isolation(module)
-        self._apply_options(model)
-        self.engine.prepare(module, build_optimizer(training.optim, self._groups(module), self._log.say))
+        self._prepare(model)
         identity = run_identity(training, recipe.seed, inputs)
         mask = None
         if isinstance(self._objective, MaskedLM):
@@ -90,7 +89,7 @@ class Session:
             seed=recipe.seed,
             engine=self.engine,
             objective=objective,
-            stream=TrainStream(self._rows(self._train_shards), mask, self._plan, recipe.seed),
+            stream=TrainStream(self._rows(self._train_shards), mask, self._plan, recipe.seed, self.engine.device),
             validation=validation_batches(
                 self._rows(self._validation_shards), mask, self._plan, training.eval_sequences, recipe.seed
             ),
@@ -108,12 +107,53 @@ class Session:
     def _groups(self, module: nn.Module) -> list[dict[str, object]]:
         return decay_groups(module, self._training.optim.weight_decay)
 
-    def _apply_options(self, model: PreTrainedModel) -> None:
-        if self._training.gradient_checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
-        if self._training.compile:
+    def _prepare(self, model: PreTrainedModel) -> None:
+        """Give the model its kernels, and it and its optimizer to the engine."""
+        training, say = self._training, self._log.say
+        plan = choose_loss_plan(
+            training.cross_entropy, model, self._most_targets(), self._stage == "distill", self.engine.device, say
+        )
+        module = LanguageModel(model, self._kernel(model, attention_dropout(model.config)), plan)
+        if training.gradient_checkpointing:
+            checkpoint_layers(model)
+        self.engine.prepare(module, build_optimizer(training.optim, self._groups(module), say))
+        self._check_isolation(self.engine.unwrapped, model)
+        if training.compile:  # after the check, so that nothing is compiled for its few short rows
             for layer in transformer_layers(model):
                 layer.compile()
+
+    def frozen(self, model: PreTrainedModel) -> LanguageModel:
+        """A teacher: on the device, with the kernel that suits it, and never trained."""
+        module = LanguageModel(model, self._kernel(model, dropout=0.0, whose="teacher's "), WHOLE)
+        module.eval().requires_grad_(False).to(self.engine.device)
+        self._check_isolation(module, model)
+        return module
+
+    def _kernel(self, model: PreTrainedModel, dropout: float, whose: str = "") -> Kernel:
+        return choose_attention(
+            self._training.attention,
+            model,
+            self._data.packing == "isolate",
+            self.engine.device,
+            self._training.precision,
+            dropout,
+            lambda text: self._log.say(whose + text),
+        )
+
+    def _check_isolation(self, module: nn.Module, model: PreTrainedModel) -> None:
+        if self._data.packing != "isolate":
+            return
+        rows, length = self._training.micro_batch_size, self._data.sequence_length
+        if (
+            self.engine.device.type == "cpu"
+        ):  # a GPU's kernels depend on the shape, and are quick; one of a CPU is enough
+            rows, length = 1, min(16, length)
+        with self.engine.autocast():
+            check_isolation(module, model.config, self._training.precision, rows, length)
+
+    def _most_targets(self) -> int:
+        share = self._objective.mlm_probability if isinstance(self._objective, MaskedLM) else 1.0
+        return math.ceil(share * self._training.micro_batch_size * self._data.sequence_length)
 
     def _device_name(self) -> str:
         device = self.engine.device

@@ -15,13 +15,15 @@ from trainer.errors import UserError
 
 _MARKER, _LATEST = "COMMITTED", "LATEST"
 
-# Keys that may change between two attempts at one run: they move no sample and no number (micro_batch_size: up to
-# the rounding of another order of summation).
+# Keys that may change between two attempts at one run: they move no sample and no number (micro_batch_size, attention,
+# cross_entropy: up to the rounding of another order of summation).
 _FREE_KEYS = frozenset(
     {
         "micro_batch_size",
         "gradient_checkpointing",
         "compile",
+        "attention",
+        "cross_entropy",
         "eval_every_steps",
         "eval_sequences",
         "log_every_steps",
