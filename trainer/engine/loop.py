@@ -46,7 +46,8 @@ def train(run: Run) -> dict[str, float]:
             evaluation = evaluate(run, step)
         if step == run.training.max_steps and evaluation is not None:
             return evaluation
-        batches = run.stream.micro_batches(step)
+        with run.meter.waiting():
+            batches = run.stream.micro_batches(step)
         counts, stop = _count(run.engine, batches)
         if stop:
             _save(run, step)
