@@ -164,8 +164,9 @@ class Training(Section):
     gradient_checkpointing: bool = False
     compile: bool = False
     """torch.compile each transformer block."""
-    attention: Literal["auto", "sdpa", "flex_attention", "flash_attention_2"] = "auto"
-    """Kernel, by transformers' name; auto takes the fastest that keeps packed documents apart here, and says so."""
+    attention: Literal["auto", "sdpa", "flex_attention", "flash_attention_2", "varlen"] = "auto"
+    """Kernel, by transformers' name, or varlen: torch's own flash kernel over documents of any length. auto takes the
+    fastest that keeps packed documents apart here, and says so."""
     cross_entropy: Literal["auto", "full", "chunked", "liger"] = "auto"
     """full: all logits at once. chunked: a part of the targets at a time. liger: its fused kernel."""
     engine: EngineConfig = EngineConfig()

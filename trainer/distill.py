@@ -8,9 +8,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trainer.__main__ import stage_main
 from trainer.config import Distill, Recipe
 from trainer.errors import UserError
-from trainer.models import LanguageModel, from_config, load_model, load_tokenizer, make_config, student_from_layers
+from trainer.models import from_config, load_model, load_tokenizer, make_config
 from trainer.objectives.distill import Distillation
 from trainer.session import Session
+from trainer.students import student_from_layers
 
 
 def run(recipe: Recipe) -> None:
@@ -33,8 +34,8 @@ def run(recipe: Recipe) -> None:
             "equal ones for the cosine of hidden states",
             "set distill.weights.hidden=0, or give the student the teacher's hidden_size",
         )
-    frozen = LanguageModel(teacher).eval().requires_grad_(False).to(session.engine.device)
-    session.train(student, Distillation(frozen, stage.temperature, stage.weights), {"teacher": folder})
+    objective = Distillation(session.frozen(teacher), stage.temperature, stage.weights)
+    session.train(student, objective, {"teacher": folder})
 
 
 def make_student(

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from trainer.artifact import content_hash, staging, write_artifact, write_json, write_text
+from trainer.attention import Kernel, attention_dropout, check_isolation, choose_attention
 from trainer.config import Data, MaskedLM, Recipe, Training
 from trainer.config import Objective as ObjectiveConfig
 from trainer.data.masking import masking
@@ -28,9 +29,10 @@ from trainer.engine.metrics import Log, Meter
 from trainer.engine.optim import build_optimizer
 from trainer.engine.trouble import Trouble
 from trainer.environment import describe, launch_command, peak_flops
+from trainer.heads import WHOLE, choose_loss_plan
 from trainer.models import (
     LanguageModel,
-    check_isolation,
+    checkpoint_layers,
     decay_groups,
     load_tokenizer,
     token_id,
@@ -81,22 +83,18 @@ class Session:
     def wire(self, model: PreTrainedModel, objective: Objective, inputs: dict[str, str]) -> Run:
         """The pieces of the run, ready for its first step; `inputs` are content hashes of what it is made from."""
         training, recipe = self._training, self._recipe
-        module = LanguageModel(model)
-        if self._data.packing == "isolate":
-            check_isolation(module)
-        self._apply_options(model)
-        self.engine.prepare(module, self._build_optimizer, model.config.hidden_size)
+        flops = train_flops_per_token(model, self._data.sequence_length)  # before anything is sharded
+        self._prepare(model)
         identity = run_identity(training, recipe.seed, inputs)
         mask = None
         if isinstance(self._objective, MaskedLM):
             mask = masking(self.tokenizer, self._objective.mlm_probability, self._objective.whole_word, recipe.seed)
-        flops = train_flops_per_token(model, self._data.sequence_length)
         return Run(
             training=training,
             seed=recipe.seed,
             engine=self.engine,
             objective=objective,
-            stream=TrainStream(self._rows(self._train_shards), mask, self._plan, recipe.seed),
+            stream=TrainStream(self._rows(self._train_shards), mask, self._plan, recipe.seed, self.engine.device),
             validation=validation_batches(
                 self._rows(self._validation_shards), mask, self._plan, training.eval_sequences, recipe.seed
             ),
@@ -124,12 +122,53 @@ class Session:
             sharded=engine.sharded,
         )
 
-    def _apply_options(self, model: PreTrainedModel) -> None:
-        if self._training.gradient_checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
-        if self._training.compile:
+    def _prepare(self, model: PreTrainedModel) -> None:
+        """Give the model its kernels, and it and its optimizer to the engine."""
+        training, say = self._training, self._log.say
+        plan = choose_loss_plan(
+            training.cross_entropy, model, self._most_targets(), self._stage == "distill", self.engine.device, say
+        )
+        module = LanguageModel(model, self._kernel(model, attention_dropout(model.config)), plan)
+        if training.gradient_checkpointing:
+            checkpoint_layers(model)
+        self.engine.prepare(module, self._build_optimizer, model.config.hidden_size)
+        self._check_isolation(self.engine.unwrapped, model)
+        if training.compile:  # after the check, so that nothing is compiled for its few short rows
             for layer in transformer_layers(model):
                 layer.compile()
+
+    def frozen(self, model: PreTrainedModel) -> LanguageModel:
+        """A teacher: on the device, with the kernel that suits it, and never trained."""
+        module = LanguageModel(model, self._kernel(model, dropout=0.0, whose="teacher's "), WHOLE)
+        module.eval().requires_grad_(False).to(self.engine.device)
+        self._check_isolation(module, model)
+        return module
+
+    def _kernel(self, model: PreTrainedModel, dropout: float, whose: str = "") -> Kernel:
+        return choose_attention(
+            self._training.attention,
+            model,
+            self._data.packing == "isolate",
+            self.engine.device,
+            self._training.precision,
+            dropout,
+            lambda text: self._log.say(whose + text),
+        )
+
+    def _check_isolation(self, module: nn.Module, model: PreTrainedModel) -> None:
+        if self._data.packing != "isolate":
+            return
+        rows, length = self._training.micro_batch_size, self._data.sequence_length
+        if (
+            self.engine.device.type == "cpu"
+        ):  # a GPU's kernels depend on the shape, and are quick; one of a CPU is enough
+            rows, length = 1, min(16, length)
+        with self.engine.autocast():
+            check_isolation(module, model.config, self._training.precision, rows, length)
+
+    def _most_targets(self) -> int:
+        share = self._objective.mlm_probability if isinstance(self._objective, MaskedLM) else 1.0
+        return math.ceil(share * self._training.micro_batch_size * self._data.sequence_length)
 
     def _device_name(self) -> str:
         device = self.engine.device

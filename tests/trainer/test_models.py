@@ -1,62 +1,24 @@
-import numpy as np
 import pytest
 import torch
-from torch import nn
 
+from tests.trainer.packed import CAUSAL, SHAPES, SMALL, everywhere, logits, make, packed_batch, scattered, with_targets
 from trainer.config import Model
-from trainer.data.packing import Framing, PackedRows
-from trainer.data.stream import BatchPlan, TrainStream
 from trainer.errors import UserError
 from trainer.models import (
     LanguageModel,
     build,
-    check_isolation,
     count_parameters,
     decay_groups,
-    forward_batch,
     make_config,
-    packed_inputs,
-    student_from_layers,
     train_flops_per_token,
     transformer_layers,
 )
-
-SMALL = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 64}
-SHAPES = {
-    "bert": SMALL,
-    "roberta": SMALL,
-    "distilbert": {"dim": 32, "n_layers": 4, "n_heads": 4, "hidden_dim": 64},
-    "modernbert": SMALL | {"local_attention": 8},
-    "gpt2": {"n_embd": 32, "n_layer": 4, "n_head": 4},
-    "llama": SMALL | {"num_key_value_heads": 2},
-}
-CAUSAL = {"gpt2", "llama"}
-
-
-def make(architecture, tokenizer, length=32, **more):
-    model = Model(architecture=architecture, config=SHAPES[architecture] | more)
-    return build(model, tokenizer, architecture in CAUSAL, length, seed=1).eval()
-
-
-def scattered(model):
-    """Fresh models have zero biases and unit norms, which hide mistakes; draw everything."""
-    torch.manual_seed(3)
-    for parameter in model.parameters():
-        nn.init.normal_(parameter, std=0.2)
-    return model
+from trainer.students import student_from_layers
 
 
 @pytest.fixture
 def batch(tokens_in_memory):
-    draw = np.random.default_rng(0)
-    texts = [list(map(int, draw.integers(5, 100, size=n))) for n in (5, 9, 12, 20, 7, 3, 14, 28, 30, 6)]
-
-    def of(causal):
-        framing = Framing(32, causal, 2, None if causal else 3, 0)
-        stream = TrainStream(PackedRows(tokens_in_memory(texts), framing, 0), None, BatchPlan(3, 3, 0, 1), 0)
-        return stream.micro_batches(0)[0]
-
-    return of
+    return lambda causal: packed_batch(tokens_in_memory, causal)
 
 
 @pytest.mark.parametrize("architecture", SHAPES)
@@ -64,58 +26,14 @@ def test_a_packed_document_is_as_good_as_alone(architecture, tiny_tokenizer, bat
     """Logits of each document in a packed row equal those of the document by itself, fed as transformers does."""
     model = scattered(make(architecture, tiny_tokenizer))
     packed = batch(architecture in CAUSAL)
-    everywhere = torch.arange(packed.input_ids.numel())
+    whole = with_targets(packed, torch.arange(packed.input_ids.numel()))
     with torch.no_grad():
-        logits = LanguageModel(model)(packed.input_ids, packed.segments, packed.positions, everywhere, True).logits_NV
-        logits = logits.unflatten(0, packed.input_ids.shape)
+        packed_logits = logits(LanguageModel(model), whole).unflatten(0, packed.input_ids.shape)
         for row in range(len(packed.input_ids)):
             for number in range(1, int(packed.segments[row].max()) + 1):
                 inside = packed.segments[row] == number
                 alone = model(input_ids=packed.input_ids[row][inside][None]).logits[0]
-                torch.testing.assert_close(logits[row][inside], alone, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("architecture", SHAPES)
-def test_changing_a_document_moves_no_logit_of_its_neighbours(architecture, tiny_tokenizer, batch):
-    model = LanguageModel(scattered(make(architecture, tiny_tokenizer)))
-    packed = batch(architecture in CAUSAL)
-    row = int((packed.segments.max(dim=1).values >= 2).nonzero()[0])
-    changed = packed.input_ids.clone()
-    first = packed.segments[row] == 1
-    changed[row][first] = changed[row][first].flip(0)
-    changed[row, 0] = 77
-    others = (packed.segments != 1).flatten() & (packed.segments > 0).flatten()
-    places = others.nonzero().squeeze(1)
-    with torch.no_grad():
-        before = model(packed.input_ids, packed.segments, packed.positions, places, True).logits_NV
-        after = model(changed, packed.segments, packed.positions, places, True).logits_NV
-    assert torch.equal(before, after)
-
-
-@pytest.mark.parametrize("architecture", SHAPES)
-def test_isolation_check_passes_and_catches_a_leak(architecture, tiny_tokenizer, monkeypatch):
-    model = LanguageModel(scattered(make(architecture, tiny_tokenizer)))
-    check_isolation(model)
-
-    def without_borders(config, causal, segments, positions):
-        running = torch.arange(segments.shape[1])[None].expand_as(positions)
-        return packed_inputs(config, causal, torch.ones_like(segments), running)
-
-    monkeypatch.setattr("trainer.models.packed_inputs", without_borders)
-    with pytest.raises(UserError, match="mixes the documents"):
-        check_isolation(model)
-
-
-@pytest.mark.parametrize("architecture", SHAPES)
-def test_logits_at_targets_equal_the_whole_head(architecture, tiny_tokenizer, batch):
-    model = LanguageModel(scattered(make(architecture, tiny_tokenizer)))
-    packed = batch(architecture in CAUSAL)
-    everywhere = torch.arange(packed.input_ids.numel())
-    some = everywhere[5::7]
-    with torch.no_grad():
-        whole = model(packed.input_ids, packed.segments, packed.positions, everywhere, True).logits_NV
-        part = model(packed.input_ids, packed.segments, packed.positions, some, True).logits_NV
-    torch.testing.assert_close(part, whole[some], rtol=1e-5, atol=1e-6)
+                torch.testing.assert_close(packed_logits[row][inside], alone, rtol=1e-4, atol=1e-5)
 
 
 def test_weights_are_drawn_from_the_seed(tiny_tokenizer):
@@ -148,7 +66,7 @@ def test_a_student_of_all_layers_is_its_teacher(architecture, tiny_tokenizer, ba
     student = student_from_layers(teacher, (0, 1, 2, 3), None).eval()
     packed = batch(architecture in CAUSAL)
     with torch.no_grad():
-        theirs, ours = (forward_batch(LanguageModel(m), packed).logits_NV for m in (teacher, student))
+        theirs, ours = (logits(LanguageModel(m), everywhere(packed)) for m in (teacher, student))
     assert torch.equal(theirs, ours)
 
 

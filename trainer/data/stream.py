@@ -1,7 +1,7 @@
 """Which rows an optimizer step sees, on which rank, in which micro-batch: a pure function of (seed, step).
 The whole state of the stream is therefore the step; any number of ranks sees the same rows in the same steps.
 
-Shapes: B rows in a micro-batch, T tokens in a row, N target tokens in a micro-batch.
+Shapes: B rows in a micro-batch, T tokens in a row, N target tokens and P documents in a micro-batch.
 """
 
 import dataclasses
@@ -29,6 +29,8 @@ class Batch:
     input_ids: Tensor  # [B, T]
     segments: Tensor  # [B, T]
     positions: Tensor  # [B, T]
+    boundaries: Tensor  # [P + 1] int32: where documents begin in the rows one after the other, and B * T
+    longest: int  # tokens of the longest document
     target_places: Tensor  # [N] index into the flattened [B * T]
     targets: Tensor  # [N]
     sample_ids: tuple[int, ...]  # position in the run's endless sequence of rows
@@ -51,12 +53,13 @@ class Batch:
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch with its tensors on `device`."""
-        if device.type == "cpu":
+        if self.input_ids.device.type == device.type:
             return self
-        moved = {
-            name: getattr(self, name).pin_memory().to(device, non_blocking=True)
-            for name in ("input_ids", "segments", "positions", "target_places", "targets")
-        }
+        with torch.cuda.device(device):  # a new thread is at GPU 0, where pinning would open a context for each rank
+            moved = {
+                name: getattr(self, name).pin_memory().to(device, non_blocking=True)
+                for name in ("input_ids", "segments", "positions", "boundaries", "target_places", "targets")
+            }
         return dataclasses.replace(self, **moved)
 
 
@@ -91,15 +94,24 @@ class BatchPlan:
 
 
 class TrainStream:
-    """Endless rows in shuffled order; the next step's batches are made while the current one is computed."""
+    """Endless rows in shuffled order; the next step's batches are made, and brought to `device`, while the current
+    one is computed."""
 
-    def __init__(self, rows: Rows, masking: Masking | None, plan: BatchPlan, seed: int) -> None:
+    def __init__(
+        self,
+        rows: Rows,
+        masking: Masking | None,
+        plan: BatchPlan,
+        seed: int,
+        device: torch.device = torch.device("cpu"),  # noqa: B008 - immutable
+    ) -> None:
         if not len(rows):
             raise UserError("the training split fills not one row", "more text or a shorter sequence_length")
         self.plan = plan
         self._rows = rows
         self._masking = masking
         self._seed = seed
+        self._device = device
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches")
         self._ahead: tuple[int, Future[list[Batch]]] | None = None
 
@@ -115,7 +127,8 @@ class TrainStream:
         return step * self.plan.global_batch_size / len(self._rows)
 
     def _make(self, step: int) -> list[Batch]:
-        return [self._batch(self.plan.samples(step, micro)) for micro in range(self.plan.accumulation)]
+        batches = [self._batch(self.plan.samples(step, micro)) for micro in range(self.plan.accumulation)]
+        return [batch.to(self._device) for batch in batches]
 
     def _batch(self, samples: range) -> Batch:
         places = [(sample // len(self._rows), sample % len(self._rows)) for sample in samples]
@@ -166,13 +179,23 @@ def _collate(rows: list[Row], samples: tuple[int, ...], isolated: bool) -> Batch
     targets = np.stack([row.targets for row in rows]).reshape(-1)
     places = np.flatnonzero(targets != NO_TARGET)
     segments = np.stack([row.segments for row in rows])
+    boundaries = _boundaries(segments)
     return Batch(
         input_ids=torch.from_numpy(np.stack([row.input_ids for row in rows])),
         segments=torch.from_numpy(segments),
         positions=torch.from_numpy(np.stack([row.positions for row in rows])),
+        boundaries=torch.from_numpy(boundaries),
+        longest=int(np.diff(boundaries).max()),
         target_places=torch.from_numpy(places),
         targets=torch.from_numpy(targets[places]),
         sample_ids=samples,
         num_tokens=int((segments > 0).sum()),
         isolated=isolated,
     )
+
+
+def _boundaries(segments: np.ndarray) -> np.ndarray:
+    """Where a document begins in rows [B, T] one after the other, and where the last ends; padding counts as one."""
+    begins = np.ones(segments.shape, dtype=np.bool_)
+    begins[:, 1:] = segments[:, 1:] != segments[:, :-1]
+    return np.append(np.flatnonzero(begins), segments.size).astype(np.int32)

@@ -62,7 +62,8 @@ def train(run: Run) -> dict[str, float]:
         if step == run.training.max_steps and evaluation is not None:
             run.checkpoints.finish()
             return evaluation
-        batches = run.stream.micro_batches(step + run.progress.data_shift_steps)
+        with run.meter.waiting():
+            batches = run.stream.micro_batches(step + run.progress.data_shift_steps)
         counts, stop = count_targets(run, step, batches)
         taken = None if stop else take_step(run, step, batches, counts)
         if taken is None:

@@ -1,10 +1,12 @@
 """What a run reports about itself: one JSON object a line, TensorBoard, and one progress bar on rank 0.
 Numbers are global, over all ranks; their arithmetic is in the loop and the objectives."""
 
+import contextlib
 import json
 import math
 import statistics
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -39,7 +41,15 @@ class Meter:
         self._counts = {"targets": 0.0, "tokens": 0.0}
         self._steps = 0
         self._norm = math.nan
+        self._waited_s = 0.0
         self._began = time.perf_counter()
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Around what stops the loop until the data code has a step's batches."""
+        began = time.perf_counter()
+        yield
+        self._waited_s += time.perf_counter() - began
 
     def add(self, loss: LossSum) -> None:
         """Take in one micro-batch of this rank."""
@@ -70,7 +80,8 @@ class Meter:
         seconds = time.perf_counter() - self._began
         names = list(self._sums)
         local = torch.stack([self._sums[name].float() for name in names]).tolist()
-        totals = dict(zip(names, self._engine.ranks.sum(local, "adding up the losses"), strict=True))
+        *sums, waited_s = self._engine.ranks.sum([*local, self._waited_s], "adding up the losses")
+        totals = dict(zip(names, sums, strict=True))
         means = {name: total / self._counts[self._weights[name][1]] for name, total in totals.items()}
         terms = [name for name in names if self._weights[name][0]]
         row: dict[str, float | None] = {"loss": sum(self._weights[name][0] * means[name] for name in terms)}
@@ -78,6 +89,7 @@ class Meter:
         row |= {name: means[name] for name in names if name not in terms}
         row["grad_norm_before_clip"] = self._norm
         row |= self._speed(seconds) | self._stragglers()
+        row["data_wait_share"] = waited_s / self._engine.world / seconds
         if (scale := self._engine.loss_scale()) is not None:
             row["loss_scale"] = scale
         self.clear()

@@ -1,7 +1,8 @@
 """Knowledge distillation of language models: the student matches the teacher's distribution and hidden states.
 The teacher is frozen and seen through the same batches; who builds the two models is the distill stage.
 
-Shapes: N target tokens, V vocabulary, M tokens that are not padding, D hidden size.
+Shapes: N target tokens, C of them at a time, V vocabulary, B rows, T tokens, D hidden size, M tokens of B * T that are
+not padding.
 """
 
 from dataclasses import dataclass
@@ -12,8 +13,8 @@ from torch import Tensor, nn
 
 from trainer.config import DistillWeights
 from trainer.data.stream import Batch
-from trainer.models import LanguageModel, forward_batch
-from trainer.objectives.language_model import cross_entropy, hits
+from trainer.heads import CrossEntropy, Sums
+from trainer.models import LanguageModel
 from trainer.objectives.loss import LossSum, Term
 
 
@@ -33,25 +34,31 @@ class Distillation:
 
     def __call__(self, model: nn.Module, batch: Batch) -> LossSum:
         with torch.no_grad():
-            teacher = forward_batch(self.teacher, batch)
-        student = forward_batch(model, batch)
-        hard = cross_entropy(student.logits_NV, batch.targets)
-        terms = {
-            "soft": Term(soft_targets(teacher.logits_NV, student.logits_NV, self.temperature), self.weights.soft),
-            "hard": Term(hard, self.weights.hard),
-        }
+            teacher = self.teacher.at_targets(batch)
+        real_M = (batch.segments > 0).flatten()
+
+        def score(student_CV: Tensor, part: slice) -> Sums:
+            with torch.no_grad():  # logits of this part only, as the student's: two [N, V] never exist
+                teacher_CV = teacher.head.logits(teacher.hidden_ND[part])
+            soft = soft_targets(teacher_CV, student_CV, self.temperature)
+            return {"soft": soft, **CrossEntropy(batch.targets)(student_CV, part)}
+
+        def score_hidden(student_BTD: Tensor) -> Sums:
+            student_MD, teacher_MD = (x.flatten(0, 1)[real_M] for x in (student_BTD, teacher.hidden_BTD))
+            return {"hidden": hidden_gap(teacher_MD, student_MD)}
+
+        sums = model(batch=batch, score=score, score_hidden=score_hidden if self.weights.hidden else None)
+        terms = {"soft": Term(sums["soft"], self.weights.soft), "hard": Term(sums["loss"], self.weights.hard)}
         if self.weights.hidden:
-            real_M = (batch.segments > 0).flatten()
-            gap = hidden_gap(teacher.hidden_BTD.flatten(0, 1)[real_M], student.hidden_BTD.flatten(0, 1)[real_M])
-            terms["hidden"] = Term(gap, self.weights.hidden, per="tokens")
-        return LossSum(terms, {"accuracy": hits(student.logits_NV, batch.targets)})
+            terms["hidden"] = Term(sums["hidden"], self.weights.hidden, per="tokens")
+        return LossSum(terms, {"accuracy": sums["accuracy"]})
 
 
-def soft_targets(teacher_NV: Tensor, student_NV: Tensor, temperature: float) -> Tensor:
-    """temperature^2 * sum over N of KL(teacher || student) of the distributions softened by temperature, scalar."""
-    log_p_NV = F.log_softmax(teacher_NV.float() / temperature, dim=-1)
-    log_q_NV = F.log_softmax(student_NV.float() / temperature, dim=-1)
-    return temperature**2 * F.kl_div(log_q_NV, log_p_NV, reduction="sum", log_target=True)
+def soft_targets(teacher_CV: Tensor, student_CV: Tensor, temperature: float) -> Tensor:
+    """temperature^2 * sum over C of KL(teacher || student) of the distributions softened by temperature, scalar."""
+    log_p_CV = F.log_softmax(teacher_CV.float() / temperature, dim=-1)
+    log_q_CV = F.log_softmax(student_CV.float() / temperature, dim=-1)
+    return temperature**2 * F.kl_div(log_q_CV, log_p_CV, reduction="sum", log_target=True)
 
 
 def hidden_gap(teacher_MD: Tensor, student_MD: Tensor) -> Tensor:

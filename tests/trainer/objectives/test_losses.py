@@ -1,7 +1,10 @@
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
 
+from tests.trainer.packed import logits
 from trainer.config import DistillWeights, Model
 from trainer.data.masking import masking
 from trainer.data.packing import NO_TARGET, Framing, PackedRows
@@ -45,8 +48,10 @@ def test_loss_is_transformers_own(architecture, tokens_in_memory, tiny_tokenizer
         assert kept == len(places)
         theirs = model(input_ids=batch.input_ids, attention_mask=mask, labels=labels).loss * kept
         last = batch.target_places % 30 == 29
-        logits = LanguageModel(model)(batch.input_ids, batch.segments, batch.positions, batch.target_places[last], True)
-        theirs = theirs + torch.nn.functional.cross_entropy(logits.logits_NV, batch.targets[last], reduction="sum")
+        rest = dataclasses.replace(batch, target_places=batch.target_places[last], targets=batch.targets[last])
+        theirs = theirs + torch.nn.functional.cross_entropy(
+            logits(LanguageModel(model), rest), rest.targets, reduction="sum"
+        )
     else:
         theirs = model(input_ids=batch.input_ids, attention_mask=mask, labels=labels).loss * batch.num_targets
     torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-5)

@@ -1,0 +1,82 @@
+"""The attention kernels themselves, on a GPU: bf16 against sdpa in float32, and not one bit of a neighbour."""
+
+import dataclasses
+import importlib.util
+
+import pytest
+import torch
+
+from tests.trainer.packed import CAUSAL, SHAPES, everywhere, gradients, logits, make, packed_batch, with_kernel
+from trainer.attention import check_isolation
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
+]
+KERNELS = ["sdpa", "varlen", "flash_attention_2", "flex_attention"]
+LENGTH = 256  # two blocks of 128, the unit of most kernels
+
+
+@pytest.fixture(params=KERNELS)
+def kernel(request):
+    if request.param == "flash_attention_2" and importlib.util.find_spec("flash_attn") is None:
+        pytest.skip("no package flash-attn")
+    return request.param
+
+
+@pytest.fixture(params=SHAPES)
+def architecture(request, kernel):
+    if (kernel, request.param) == ("flex_attention", "gpt2"):
+        pytest.skip("transformers offers no flex_attention for gpt2")
+    return request.param
+
+
+@pytest.fixture
+def model(architecture, tiny_tokenizer):
+    """Heads of 64, which all kernels take; no dropout, which flex and varlen do not have."""
+    sizes = {
+        "bert": ("hidden_size", "num_attention_heads"),
+        "distilbert": ("dim", "n_heads"),
+        "gpt2": ("n_embd", "n_head"),
+    }
+    width, heads = sizes.get(architecture, sizes["bert"])
+    torch.manual_seed(0)
+    return make(architecture, tiny_tokenizer, length=LENGTH, **{width: 256, heads: 4}).cuda()
+
+
+@pytest.fixture
+def batch(architecture, tokens_in_memory):
+    return everywhere(packed_batch(tokens_in_memory, architecture in CAUSAL, LENGTH, rows=1)).to(torch.device("cuda"))
+
+
+def test_kernel_is_sdpa_within_bf16(kernel, model, batch):
+    """Forward and gradients, relative to the largest of each: bf16 rounds to 2^-9, a wrong mask is off by its half."""
+    weights = torch.randn(len(batch.targets), model.config.vocab_size, device="cuda")
+    expected = logits(with_kernel(model, "sdpa"), batch)
+    expected_gradients = gradients(model, (expected * weights).sum())
+    with torch.autocast("cuda", torch.bfloat16):
+        ours = logits(with_kernel(model, kernel), batch)
+    ours_gradients = gradients(model, (ours.float() * weights).sum())
+    assert (ours.float() - expected).abs().max() < 0.03 * expected.abs().max()
+    for name, gradient in expected_gradients.items():
+        worst = (ours_gradients[name] - gradient).norm() / gradient.norm().clamp_min(1e-6)
+        assert worst < 0.05, name
+
+
+def test_changing_a_document_moves_no_bit_of_its_neighbours(kernel, model, batch):
+    module = with_kernel(model, kernel)
+    changed = batch.input_ids.clone()
+    first = batch.segments == 1
+    changed[first] = changed[first].flip(0)
+    others = ((batch.segments != 1) & (batch.segments > 0)).flatten().nonzero().squeeze(1)
+    batch = dataclasses.replace(batch, target_places=others, targets=others)
+    with torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
+        before, after = (
+            logits(module, dataclasses.replace(batch, input_ids=ids)) for ids in (batch.input_ids, changed)
+        )
+    assert torch.equal(before, after)
+
+
+def test_isolation_check_passes(kernel, model):
+    with torch.autocast("cuda", torch.bfloat16):
+        check_isolation(with_kernel(model, kernel), model.config, "bf16", 4, LENGTH)
