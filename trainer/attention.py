@@ -259,7 +259,31 @@ def check_isolation(model: nn.Module, config: PretrainedConfig, precision: str, 
         )
 
 
-def _logits(model: nn.Module, input_ids: Tensor, places_N: Tensor) -> Tensor:
+def check_causality(model: nn.Module, config: PretrainedConfig, isolated: bool) -> None:
+    """UserError if a causal model sees the token that it is to predict: its loss would fall to nothing.
+
+    transformers makes a causal_lm of encoders too, which look both ways unless their config says is_decoder.
+    """
+    device = next(model.parameters()).device
+    tokens = torch.arange(16, device=device).remainder(max(2, config.vocab_size - 1))
+    later = tokens.clone()
+    later[6:8] = later[6:8].flip(0)  # the end of the first of two documents
+    before = torch.arange(6, device=device)
+    training = model.training
+    with torch.no_grad():
+        model.eval()
+        one, other = (_logits(model, row[None], before, isolated) for row in (tokens, later))
+    model.train(training)
+    moved = (one - other).abs().max().item()
+    if moved:
+        raise UserError(
+            f"architecture {config.model_type!r} sees later tokens (logits move by {moved:.2g})",
+            "a model that looks back only, for objective causal_lm",
+            "use gpt2 or llama, or set is_decoder: true in model.config",
+        )
+
+
+def _logits(model: nn.Module, input_ids: Tensor, places_N: Tensor, isolated: bool = True) -> Tensor:
     """Logits [N, V] at places of the first row; each row holds two documents of equal length."""
     rows, length = input_ids.shape
     at_T = torch.arange(length, device=input_ids.device)
@@ -273,6 +297,6 @@ def _logits(model: nn.Module, input_ids: Tensor, places_N: Tensor) -> Tensor:
         targets=places_N,
         sample_ids=(),
         num_tokens=input_ids.numel(),
-        isolated=True,
+        isolated=isolated,
     )
     return model(batch=batch, score=lambda logits_NV, part: {"logits": logits_NV})["logits"]

@@ -243,18 +243,65 @@ class Model(Section):
         return self
 
 
+class Phase(Section):
+    """Steps that follow with other settings, on the same model and optimizer state; what is not given stays."""
+
+    max_steps: PositiveInt
+    """Steps of this phase."""
+    sequence_length: Annotated[int, Field(ge=8)] | None = None
+    global_batch_size: PositiveInt | None = None
+    micro_batch_size: PositiveInt | None = None
+    learning_rate: Positive | None = None
+    schedule: Schedule | None = None
+    """Counted from this phase's first step."""
+
+
 class Pretrain(Training):
     """A language model from token shards."""
 
     model: Model
     objective: Objective
     data: Data
+    phases: tuple[Phase, ...] = ()
+    """Phases after the first, which is what this section says; BERT's second one has longer rows."""
 
     @model_validator(mode="after")
     def _concatenate_is_causal(self) -> "Pretrain":
         if self.data.packing == "concatenate" and self.objective.name != "causal_lm":
             raise ValueError("packing: concatenate is for causal_lm; masked_lm rows are packed with `isolate`")
         return self
+
+    @model_validator(mode="after")
+    def _phases_hold_together(self) -> "Pretrain":
+        for number in range(1, len(self.phases) + 1):
+            self.phase_training(number)  # validates it as a section of its own
+        return self
+
+    @property
+    def total_steps(self) -> int:
+        """Steps of all phases."""
+        return self.max_steps + sum(phase.max_steps for phase in self.phases)
+
+    @property
+    def longest_row(self) -> int:
+        """Tokens in the longest rows of any phase."""
+        return max(self.data.sequence_length, *(phase.sequence_length or 0 for phase in self.phases), 0)
+
+    def phase_training(self, number: int) -> Training:
+        """How phase `number` trains (0: what the section itself says)."""
+        own = {name: getattr(self, name) for name in Training.model_fields}
+        if number:
+            phase = self.phases[number - 1]
+            own |= {name: value for name in ("max_steps", "global_batch_size", "micro_batch_size", "schedule")
+                    if (value := getattr(phase, name)) is not None}  # fmt: skip
+            if phase.learning_rate is not None:
+                own["optim"] = self.optim.model_copy(update={"learning_rate": phase.learning_rate})
+        return Training.model_validate(own)
+
+    def phase_data(self, number: int) -> Data:
+        """What rows phase `number` trains on."""
+        length = self.phases[number - 1].sequence_length if number else None
+        return self.data.model_copy(update={"sequence_length": length}) if length else self.data
 
 
 class Student(Section):

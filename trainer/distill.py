@@ -1,14 +1,12 @@
 """The distill stage: a small language model that imitates a large one, on the same data, loop and checkpoints.
 The loss is in `objectives.distill`, the student's making in `models`."""
 
-from pathlib import Path
-
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from trainer.__main__ import stage_main
 from trainer.config import Distill, Recipe
 from trainer.errors import UserError
-from trainer.models import from_config, load_model, load_tokenizer, make_config
+from trainer.models import from_config, load_model, make_config, require_length, require_same_vocabulary
 from trainer.objectives.distill import Distillation
 from trainer.session import Session
 from trainer.students import student_from_layers
@@ -23,10 +21,15 @@ def run(recipe: Recipe) -> None:
     data = stage.data or (recipe.pretrain.data if recipe.pretrain else None)
     if objective is None or data is None:
         raise UserError("distill.objective and distill.data are not given", "both, where there is no pretrain section")
+    if data.packing == "concatenate" and objective.name != "causal_lm":
+        raise UserError(
+            "distill.data.packing: concatenate with masked_lm", "isolate, for rows of a masked LM", "set it"
+        )
     folder = stage.teacher or recipe.model_dir("pretrain")
     session = Session(recipe, "distill", stage, objective, data)
     teacher = load_model(folder, session.causal)
-    require_same_vocabulary(folder, teacher, session.tokenizer, recipe.tokenizer_dir)
+    require_same_vocabulary(folder, teacher, session.tokenizer)
+    require_length(teacher.config, data.sequence_length, f"the teacher {folder}")
     student = make_student(stage, teacher, session.tokenizer, session.causal, data.sequence_length, recipe.seed)
     if stage.weights.hidden and student.config.hidden_size != teacher.config.hidden_size:
         raise UserError(
@@ -53,25 +56,6 @@ def make_student(
         return from_config(config, causal, seed)
     layers = stage.student.keep_layers or tuple(range(0, teacher.config.num_hidden_layers, stage.student.every or 1))
     return student_from_layers(teacher, layers, stage.student.architecture)
-
-
-def require_same_vocabulary(
-    folder: Path, teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tokenizer_folder: Path
-) -> None:
-    """UserError unless the teacher reads token ids as the data's tokenizer wrote them."""
-    theirs, ours = load_tokenizer(folder).get_vocab(), tokenizer.get_vocab()
-    if theirs != ours:
-        token = next(iter(sorted(dict(theirs.items() ^ ours.items()))))
-        raise UserError(
-            f"teacher {folder} and tokenizer {tokenizer_folder} differ, first at {token!r}: "
-            f"id {theirs.get(token)} there, {ours.get(token)} here",
-            "one vocabulary for teacher, student and data",
-            "prepare the data with prepare.tokenizer.path set to the teacher's folder",
-        )
-    if teacher.config.vocab_size < len(tokenizer):
-        raise UserError(
-            f"teacher {folder} has {teacher.config.vocab_size} outputs", f"{len(tokenizer)}, the size of the tokenizer"
-        )
 
 
 if __name__ == "__main__":

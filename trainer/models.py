@@ -4,13 +4,16 @@ The numbers about a model (parameters, FLOPs) are here too; how it is trained is
 Shapes: B rows, T tokens in a row, N target tokens, D hidden size, V vocabulary.
 """
 
+import contextlib
 import difflib
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -90,8 +93,8 @@ def build(
     """
     if model.init_from is not None:
         loaded = load_model(model.init_from, causal)
-        _check_vocabulary(loaded.config, tokenizer, str(model.init_from))
-        _check_length(loaded.config, sequence_length)
+        require_same_vocabulary(model.init_from, loaded, tokenizer)
+        require_length(loaded.config, sequence_length, str(model.init_from))
         return loaded
     assert model.architecture is not None
     return from_config(make_config(model.architecture, model.config, tokenizer, sequence_length), causal, seed)
@@ -124,9 +127,10 @@ def make_config(
     room = {}
     if "max_position_embeddings" in names and not {"max_position_embeddings", "n_positions"} & set(keys):
         room["max_position_embeddings"] = sequence_length + position_offset(architecture, token_id(tokenizer, "pad"))
-    config = AutoConfig.for_model(architecture, **({"vocab_size": len(tokenizer)} | special | room | dict(keys)))
+    with _refused(f"model.config of {architecture}", "values that this architecture takes"):
+        config = AutoConfig.for_model(architecture, **({"vocab_size": len(tokenizer)} | special | room | dict(keys)))
     _check_vocabulary(config, tokenizer, f"model.config of {architecture}")
-    _check_length(config, sequence_length)
+    require_length(config, sequence_length, f"model.config of {architecture}")
     return config
 
 
@@ -140,7 +144,8 @@ def from_config(config: PretrainedConfig, causal: bool, seed: int) -> PreTrained
         )
     torch.manual_seed(seed)
     auto = AutoModelForCausalLM if causal else AutoModelForMaskedLM
-    return auto.from_config(config, attn_implementation="sdpa", dtype=torch.float32)
+    with _refused(f"model.config of {config.model_type}", "values that this architecture takes with attention sdpa"):
+        return auto.from_config(config, attn_implementation="sdpa", dtype=torch.float32)
 
 
 def load_model(folder: Path, causal: bool) -> PreTrainedModel:
@@ -148,9 +153,28 @@ def load_model(folder: Path, causal: bool) -> PreTrainedModel:
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder} holds no model", "a folder with config.json and model.safetensors", "check the path")
     auto = AutoModelForCausalLM if causal else AutoModelForMaskedLM
-    return auto.from_pretrained(
-        folder, local_files_only=True, use_safetensors=True, attn_implementation="sdpa", dtype=torch.float32
-    )
+    options = {"local_files_only": True, "use_safetensors": True, "attn_implementation": "sdpa", "dtype": torch.float32}
+    with _refused(str(folder), "a model folder with whole safetensors, of an architecture that has attention sdpa"):
+        loaded: Any = auto.from_pretrained(folder, output_loading_info=True, **options)
+    model, loading = loaded
+    lacking = sorted(loading["missing_keys"]) + [str(entry) for entry in loading["mismatched_keys"]]
+    if lacking:  # transformers would draw them at random, from no seed
+        raise UserError(
+            f"{folder} lacks {len(lacking)} of the weights of {type(model).__name__}, first {lacking[0]}",
+            f"a {'causal' if causal else 'masked'} language model with its head",
+            "take the folder that holds it, or train one",
+        )
+    return model
+
+
+@contextlib.contextmanager
+def _refused(found: str, needed: str) -> Iterator[None]:
+    """What transformers and safetensors raise for values and files of the user's, as one message."""
+    try:
+        yield
+    except (ValueError, KeyError, TypeError, OSError, RuntimeError, StrictDataclassError, SafetensorError) as error:
+        said = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"{found}: {said[:300]}", needed, "mend what it names") from error
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
@@ -167,7 +191,7 @@ def token_id(tokenizer: PreTrainedTokenizerBase, name: str) -> int | None:
     return found
 
 
-def transformer_layers(model: PreTrainedModel) -> nn.ModuleList:
+def transformer_layers(model: nn.Module) -> nn.ModuleList:
     """The stack of transformer blocks: the longest ModuleList of the model."""
     lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
     return max(lists, key=len)
@@ -195,8 +219,19 @@ def count_parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def train_flops_per_token(model: PreTrainedModel, sequence_length: int) -> float:
-    """FLOPs of forward and backward for one token: 6 N + 12 L D T (PaLM, arXiv:2204.02311, appendix B).
+class TrainFlops(NamedTuple):
+    """FLOPs of forward and backward."""
+
+    per_token: float  # embeddings to last hidden state
+    per_target: float  # the last matrix of the head, which runs where there is a target
+
+    def of(self, tokens: float, targets: float) -> float:
+        """FLOPs of a step with so many of both."""
+        return tokens * self.per_token + targets * self.per_target
+
+
+def train_flops(model: PreTrainedModel, sequence_length: int) -> TrainFlops:
+    """FLOPs of forward and backward: 6 N + 12 L D T a token (PaLM, arXiv:2204.02311, appendix B).
 
     N: parameters that multiply, so without position tables and, where it is tied or only looked up, the embedding
     counted once as the head. Attention is counted in full, not halved for causal models, as everybody reports it.
@@ -208,7 +243,27 @@ def train_flops_per_token(model: PreTrainedModel, sequence_length: int) -> float
     assert isinstance(embedding, Tensor)
     looked_up = 0 if head is not None and head.weight is embedding else embedding.numel()
     multiplying = count_parameters(model) - positions - looked_up
-    return 6.0 * multiplying + 12.0 * config.num_hidden_layers * config.hidden_size * sequence_length
+    last = head.weight.numel() if head is not None and head_of(model) is not None else 0
+    attention = 12.0 * config.num_hidden_layers * config.hidden_size * sequence_length
+    return TrainFlops(6.0 * (multiplying - last) + attention, 6.0 * last)
+
+
+def require_same_vocabulary(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """UserError unless the model of `folder` reads token ids as the data's tokenizer wrote them.
+
+    A folder without a tokenizer of its own is taken at its word, as far as its size goes.
+    """
+    if (folder / "tokenizer_config.json").is_file():
+        theirs, ours = load_tokenizer(folder).get_vocab(), tokenizer.get_vocab()
+        if theirs != ours:
+            token = next(iter(sorted(dict(theirs.items() ^ ours.items()))))
+            raise UserError(
+                f"the model {folder} and the data's tokenizer differ, first at {token!r}: "
+                f"id {theirs.get(token)} there, {ours.get(token)} here",
+                "one vocabulary for models and data",
+                "prepare the data with prepare.tokenizer.path set to the model's folder",
+            )
+    _check_vocabulary(model.config, tokenizer, str(folder))
 
 
 def _check_vocabulary(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, where: str) -> None:
@@ -220,14 +275,15 @@ def _check_vocabulary(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBa
         )
 
 
-def _check_length(config: PretrainedConfig, sequence_length: int) -> None:
+def require_length(config: PretrainedConfig, sequence_length: int, where: str) -> None:
+    """UserError if the model has too few positions for rows of `sequence_length`."""
     room = getattr(config, "max_position_embeddings", None)
     if room is None:
         return
     usable = room - position_offset(config.model_type, config.pad_token_id)
     if usable < sequence_length:
         raise UserError(
-            f"the model takes {usable} tokens (max_position_embeddings {room})",
+            f"{where} takes {usable} tokens (max_position_embeddings {room})",
             f"at least data.sequence_length, {sequence_length}",
             "raise the one or lower the other",
         )

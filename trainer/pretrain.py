@@ -15,7 +15,7 @@ def run(recipe: Recipe) -> None:
         raise UserError("the recipe has no `pretrain` section", "one that says model, objective and data")
     stage = recipe.pretrain
     session = Session(recipe, "pretrain", stage, stage.objective, stage.data)
-    model = build(stage.model, session.tokenizer, session.causal, stage.data.sequence_length, recipe.seed)
+    model = build(stage.model, session.tokenizer, session.causal, stage.longest_row, recipe.seed)
     parents = {"init_from": stage.model.init_from} if stage.model.init_from else {}
     session.train(model, language_model, parents)
 

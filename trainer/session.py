@@ -3,7 +3,7 @@ Pretraining and distillation differ in the model and the objective they hand in,
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -13,22 +13,23 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from trainer.artifact import content_hash, staging, write_artifact, write_json, write_text
-from trainer.attention import Kernel, attention_dropout, check_isolation, choose_attention
-from trainer.config import Data, MaskedLM, Recipe, Training
+from trainer.attention import Kernel, attention_dropout, check_causality, check_isolation, choose_attention
+from trainer.config import Data, MaskedLM, Pretrain, Recipe, Training
 from trainer.config import Objective as ObjectiveConfig
-from trainer.data.masking import masking
+from trainer.data.masking import Masking, masking
 from trainer.data.packing import Framing, PackedRows, Rows, StreamRows
 from trainer.data.shards import TokenShards
 from trainer.data.stream import BatchPlan, TrainStream, validation_batches
 from trainer.engine.checkpoint import Checkpoints, run_identity
-from trainer.engine.engine import Engine
-from trainer.engine.launch import release_signals, watch_signals
 from trainer.engine.consolidate import write_model
-from trainer.engine.loop import Progress, Run, train
+from trainer.engine.engine import Engine
+from trainer.engine.launch import release_signals, stop_requested, watch_signals
+from trainer.engine.loop import Part, Progress, Run, resume, train
 from trainer.engine.metrics import Log, Meter
 from trainer.engine.optim import build_optimizer
 from trainer.engine.trouble import Trouble
 from trainer.environment import describe, launch_command, peak_flops
+from trainer.errors import Preempted
 from trainer.heads import WHOLE, choose_loss_plan
 from trainer.models import (
     LanguageModel,
@@ -36,7 +37,7 @@ from trainer.models import (
     decay_groups,
     load_tokenizer,
     token_id,
-    train_flops_per_token,
+    train_flops,
     transformer_layers,
 )
 from trainer.objectives.loss import Objective
@@ -46,8 +47,15 @@ from trainer.recipe_file import dump_recipe, recipe_hash
 class Session:
     """One training stage of a recipe, from opened data to a finished model folder."""
 
-    def __init__(self, recipe: Recipe, stage: str, training: Training, objective: ObjectiveConfig, data: Data,
-        folder: Path | None = None) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        stage: str,
+        training: Training,
+        objective: ObjectiveConfig,
+        data: Data,
+        folder: Path | None = None,
+    ) -> None:
         watch_signals()
         transformers_logging.disable_progress_bar()  # the run has one bar, its own
         self._began = time.perf_counter()
@@ -60,32 +68,34 @@ class Session:
         self.causal = objective.name == "causal_lm"
         self._folder = folder or recipe.stage_dir(stage)
         self.engine = Engine(training, self._folder)
-        self._plan = BatchPlan(
-            training.global_batch_size, training.micro_batch_size, self.engine.ranks.rank, self.engine.world
-        )
-        self._log = Log(self._folder, stage, training.max_steps, self.engine.is_main)
+        steps = training.total_steps if isinstance(training, Pretrain) else training.max_steps
+        self._log = Log(self._folder, stage, steps, self.engine.is_main)
 
     def train(self, model: PreTrainedModel, objective: Objective, parents: Mapping[str, Path]) -> None:
         """Train `model` on `objective` and write the model folder; `parents` are the folders it was made from."""
         inputs = {"data": content_hash(self._recipe.data_dir), "tokenizer": content_hash(self._recipe.tokenizer_dir)}
         inputs |= {name: content_hash(folder) for name, folder in parents.items()}
-        self._describe_run()
         with self._log:
             run = self.wire(model, objective, inputs)
-            metrics = train(run)
+            step = resume(run)
+            self._describe_run()  # only now: a refused attempt must not overwrite what the run before was made with
+            metrics = train(run, step)
             if self.engine.is_main:
                 self._save_model(model, run, inputs, metrics)
-            self._log.event("end", self._training.max_steps, seconds=time.perf_counter() - self._began)
+            self._log.event("end", run.last_step, seconds=time.perf_counter() - self._began)
             self._log.say(f"model folder: {self._recipe.model_dir(self._stage)}")
-        self.engine.ranks.wait("ending")
+        stopped = self.engine.ranks.agree(stop_requested(), "ending")
         release_signals()
+        if stopped:
+            raise Preempted(f"a signal came while the model was written; {self._stage} is done")
 
     def wire(self, model: PreTrainedModel, objective: Objective, inputs: dict[str, str]) -> Run:
         """The pieces of the run, ready for its first step; `inputs` are content hashes of what it is made from."""
         training, recipe = self._training, self._recipe
-        flops = train_flops_per_token(model, self._data.sequence_length)  # before anything is sharded
+        flops = train_flops(model, self._data.sequence_length)  # before anything is sharded
         self._prepare(model)
-        identity = run_identity(training, recipe.seed, inputs)
+        resolved = {"objective": self._objective, "data": self._data}  # distill may have them from pretrain
+        identity = run_identity(training.model_copy(update=resolved), recipe.seed, inputs)
         mask = None
         if isinstance(self._objective, MaskedLM):
             mask = masking(self.tokenizer, self._objective.mlm_probability, self._objective.whole_word, recipe.seed)
@@ -94,21 +104,37 @@ class Session:
             seed=recipe.seed,
             engine=self.engine,
             objective=objective,
-            stream=TrainStream(self._rows(self._train_shards), mask, self._plan, recipe.seed, self.engine.device),
-            validation=validation_batches(
-                self._rows(self._validation_shards), mask, self._plan, training.eval_sequences, recipe.seed
-            ),
+            parts=tuple(self._parts(mask)),
             checkpoints=Checkpoints(self._folder / "checkpoints", training, identity, self.engine, self._log.say),
-            meter=Meter(self.engine, flops, peak_flops(self._device_name(), training.precision)),
+            meter=Meter(self.engine, flops, self._peak_flops()),
             log=self._log,
             trouble=Trouble(training, partial(self.engine.ranks.sum, doing="adding up the loss of a step")),
             progress=Progress(),
             bytes_per_token=self._validation_bytes_per_token() if self.causal else None,
         )
 
-    def _rows(self, shards: TokenShards) -> Rows:
-        framing = framing_for(self.tokenizer, self.causal, self._data.sequence_length)
-        kind = PackedRows if self._data.packing == "isolate" else StreamRows
+    def _parts(self, mask: Masking | None) -> Iterator[Part]:
+        """One part, or one for each phase of a pretrain section."""
+        section, seed = self._training, self._recipe.seed
+        phased = isinstance(section, Pretrain)
+        first_step = first_sample = 0
+        for number in range(1 + len(section.phases) if phased else 1):
+            training = section.phase_training(number) if phased else section
+            data = section.phase_data(number) if phased else self._data
+            plan = BatchPlan(
+                training.global_batch_size, training.micro_batch_size, self.engine.ranks.rank, self.engine.world
+            )
+            validation = validation_batches(
+                self._rows(self._validation_shards, data), mask, plan, training.eval_sequences, seed
+            )
+            stream = TrainStream(self._rows(self._train_shards, data), mask, plan, seed, self.engine.device)
+            yield Part(first_step, first_sample, training, stream, validation)
+            first_step += training.max_steps
+            first_sample += training.max_steps * training.global_batch_size
+
+    def _rows(self, shards: TokenShards, data: Data) -> Rows:
+        framing = framing_for(self.tokenizer, self.causal, data.sequence_length)
+        kind = PackedRows if data.packing == "isolate" else StreamRows
         return kind(shards, framing, self._recipe.seed)
 
     def _build_optimizer(self, module: nn.Module) -> torch.optim.Optimizer:
@@ -132,7 +158,7 @@ class Session:
         if training.gradient_checkpointing:
             checkpoint_layers(model)
         self.engine.prepare(module, self._build_optimizer, model.config.hidden_size)
-        self._check_isolation(self.engine.unwrapped, model)
+        self._check_attention(self.engine.unwrapped, model)
         if training.compile:  # after the check, so that nothing is compiled for its few short rows
             for layer in transformer_layers(model):
                 layer.compile()
@@ -141,7 +167,7 @@ class Session:
         """A teacher: on the device, with the kernel that suits it, and never trained."""
         module = LanguageModel(model, self._kernel(model, dropout=0.0, whose="teacher's "), WHOLE)
         module.eval().requires_grad_(False).to(self.engine.device)
-        self._check_isolation(module, model)
+        self._check_attention(module, model)
         return module
 
     def _kernel(self, model: PreTrainedModel, dropout: float, whose: str = "") -> Kernel:
@@ -155,7 +181,10 @@ class Session:
             lambda text: self._log.say(whose + text),
         )
 
-    def _check_isolation(self, module: nn.Module, model: PreTrainedModel) -> None:
+    def _check_attention(self, module: nn.Module, model: PreTrainedModel) -> None:
+        if self.causal:
+            with self.engine.autocast():
+                check_causality(module, model.config, self._data.packing == "isolate")
         if self._data.packing != "isolate":
             return
         rows, length = self._training.micro_batch_size, self._data.sequence_length
@@ -168,7 +197,17 @@ class Session:
 
     def _most_targets(self) -> int:
         share = self._objective.mlm_probability if isinstance(self._objective, MaskedLM) else 1.0
-        return math.ceil(share * self._training.micro_batch_size * self._data.sequence_length)
+        return math.ceil(share * self._training.micro_batch_size * self._longest_row)
+
+    @property
+    def _longest_row(self) -> int:
+        return self._training.longest_row if isinstance(self._training, Pretrain) else self._data.sequence_length
+
+    def _peak_flops(self) -> float | None:
+        """None, and so no MFU, where it is not known, and for distillation, whose teacher's FLOPs nobody counts."""
+        if self._stage == "distill":
+            return None
+        return peak_flops(self._device_name(), self._training.precision)
 
     def _device_name(self) -> str:
         device = self.engine.device
@@ -196,12 +235,12 @@ class Session:
             "architecture": model.config.model_type,
             "objective": self._objective.name,
             "parameters": sum(math.prod(shape) for shape in self.engine.shapes.values()),
-            "sequence_length": self._data.sequence_length,
-            "steps": self._training.max_steps,
+            "sequence_length": self._longest_row,
+            "steps": run.last_step,
             "tokens": run.progress.tokens,
         }
         evidence = {"what": "validation", "metrics": dict(metrics), "command": launch_command()}
-        files = run.checkpoints.files(self._training.max_steps)
+        files = run.checkpoints.files(run.last_step)
         with staging(self._recipe.model_dir(self._stage)) as folder:
             write_model(folder, model, files, self.engine.shapes)
             self.tokenizer.save_pretrained(folder)

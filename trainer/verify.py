@@ -121,10 +121,10 @@ def _attempt(recipe: Recipe, folder: Path, until: int, abandon: bool = False) ->
     """Run from the newest checkpoint, or the beginning, to step `until`. `abandon`: leave a further step half done."""
     run, trace = _wired(recipe, folder), Trace()
     # The data are those of the middle of epoch 2, where a stream that keeps state is likeliest to go wrong.
-    run.progress.data_shift_steps = math.ceil(1.5 * run.stream.epoch_steps)
+    run.progress.data_shift_steps = math.ceil(1.5 * run.parts[0].stream.epoch_steps)
     for step in range(loop.resume(run), until):
         trace.steps[step] = _take(run, step)
-        if run.checkpoints.due(step + 1):
+        if (step + 1) % _STEPS == 0:
             loop.save(run, step + 1, in_background=False)
     if abandon:
         _half_a_step(run, until)
@@ -135,7 +135,7 @@ def _attempt(recipe: Recipe, folder: Path, until: int, abandon: bool = False) ->
 
 def _take(run: Run, step: int) -> dict[str, Any]:
     """One step, and all that it depended on and came to."""
-    batches = run.stream.micro_batches(step + run.progress.data_shift_steps)
+    batches = run.batches(step)
     counts, _ = loop.count_targets(run, step, batches)
     taken = loop.take_step(run, step, batches, counts)
     if taken is None:
@@ -152,7 +152,7 @@ def _digest(tensor: torch.Tensor) -> str:
 
 def _half_a_step(run: Run, step: int) -> None:
     """The first micro-batch of a step, and nothing after it: where a killed run may stand."""
-    batches = run.stream.micro_batches(step + run.progress.data_shift_steps)
+    batches = run.batches(step)
     counts, _ = loop.count_targets(run, step, batches)
     run.engine.begin_step(step, 1.0, run.seed)
     with run.engine.autocast():
@@ -163,7 +163,7 @@ def _half_a_step(run: Run, step: int) -> None:
 def _wired(recipe: Recipe, folder: Path) -> Run:
     stage = _pretrain(recipe)
     session = Session(recipe, "pretrain", stage, stage.objective, stage.data, folder)
-    model = build(stage.model, session.tokenizer, session.causal, stage.data.sequence_length, recipe.seed)
+    model = build(stage.model, session.tokenizer, session.causal, stage.longest_row, recipe.seed)
     return session.wire(model, language_model, {})
 
 
@@ -194,7 +194,9 @@ def _scratch(recipe: Recipe, name: str) -> Path:
     return folder
 
 
-def _conclude(recipe: Recipe, what: str, differences: list[str], compared: dict[str, Any], needed: str, ranks: Ranks) -> None:
+def _conclude(
+    recipe: Recipe, what: str, differences: list[str], compared: dict[str, Any], needed: str, ranks: Ranks
+) -> None:
     """Say and write the outcome; GateFailed on every rank if any found a difference."""
     everybody = [line for lines in ranks.gather(differences) for line in lines]
     report = {"what": f"verify {what}", "command": launch_command(), "ranks": ranks.world, **compared,
@@ -203,7 +205,9 @@ def _conclude(recipe: Recipe, what: str, differences: list[str], compared: dict[
     if ranks.is_main:
         write_json(path, report)
         shown = ", ".join(f"{name} {value}" for name, value in compared.items())
-        Console(stderr=True, highlight=False).print(f"verify {what}: {'passed' if not everybody else 'FAILED'}; {shown}; {path}")
+        Console(stderr=True, highlight=False).print(
+            f"verify {what}: {'passed' if not everybody else 'FAILED'}; {shown}; {path}"
+        )
     if everybody:
         more = f" and {len(everybody) - 5} more" if len(everybody) > 5 else ""
         raise GateFailed("\n  ".join([f"{what}: {len(everybody)} differences{more}", *everybody[:5]]), needed)

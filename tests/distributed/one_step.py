@@ -31,12 +31,14 @@ def main(recipe_path: str, out: str, *overrides: str) -> None:
         return real_step()
 
     run.engine.step = capture
-    batches = run.stream.micro_batches(0)
+    batches = run.batches(0)
     counts, _ = loop.count_targets(run, 0, batches)
     loop.take_step(run, 0, batches, counts)
     row = run.meter.flush()
     samples = [list(batch.sample_ids) for batch in batches]
-    torch.save({"gradients": gradients, "counts": counts, "row": row, "samples": samples}, f"{out}.{run.engine.ranks.rank}")
+    torch.save(
+        {"gradients": gradients, "counts": counts, "row": row, "samples": samples}, f"{out}.{run.engine.ranks.rank}"
+    )
     run.engine.ranks.wait()
 
 

@@ -122,9 +122,10 @@ class TrainStream:
             return ahead[1].result()
         return self._make(step)
 
-    def epoch(self, step: int) -> float:
-        """Epochs that are behind when `step` begins."""
-        return step * self.plan.global_batch_size / len(self._rows)
+    @property
+    def epoch_steps(self) -> float:
+        """Steps in which every row is seen once."""
+        return len(self._rows) / self.plan.global_batch_size
 
     def _make(self, step: int) -> list[Batch]:
         batches = [self._batch(self.plan.samples(step, micro)) for micro in range(self.plan.accumulation)]

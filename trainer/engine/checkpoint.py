@@ -74,10 +74,6 @@ class Checkpoints:
         self._say = say
         self._writing: threading.Thread | None = None
 
-    def due(self, step: int) -> bool:
-        """Whether a checkpoint belongs after optimizer step `step` (counted from 1)."""
-        return step == self._training.max_steps or step % self._training.save_every_steps == 0
-
     def save(self, step: int, state: dict[str, Any], in_background: bool = False) -> None:
         """Write a checkpoint; it exists only once every rank's file is on disk and hashed.
 
@@ -212,6 +208,7 @@ class Checkpoints:
             faults = [marker] if isinstance(marker, str) else ranks.gather(self._fault(path, marker["files"]))
             fault = next((fault for fault in faults if fault is not None), None)
             if fault is None:
+                assert isinstance(marker, dict)
                 self._require_same_run(path, marker["identity"])
                 return marker
             if ranks.is_main:

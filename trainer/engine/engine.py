@@ -4,7 +4,7 @@ It knows nothing of objectives, data, or when to save."""
 import contextlib
 import os
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -51,7 +51,7 @@ class Engine:
         self.ranks = Ranks(
             self._accelerator.process_index, self._accelerator.num_processes, training.engine.collective_timeout_s
         )
-        self._strategy: Strategy = self._build_strategy()
+        self._strategy = self._build_strategy()
 
     @property
     def world(self) -> int:
@@ -169,7 +169,9 @@ class Engine:
         if self._zero_name is not None:
             return "deepspeed"
         if asked == "deepspeed":
-            raise UserError("engine.strategy: deepspeed without engine.zero", "a config", "set engine.zero, such as zero2")
+            raise UserError(
+                "engine.strategy: deepspeed without engine.zero", "a config", "set engine.zero, such as zero2"
+            )
         if asked == "auto":
             return "fsdp2" if os.environ.get("ACCELERATE_USE_FSDP", "false") == "true" else "ddp"
         return asked
@@ -222,7 +224,9 @@ def deepspeed_version() -> str:
     try:
         return metadata.version("deepspeed")
     except metadata.PackageNotFoundError:
-        raise UserError("engine.zero, but DeepSpeed is not installed", "it", "pip install 'lmworks[deepspeed]'") from None
+        raise UserError(
+            "engine.zero, but DeepSpeed is not installed", "it", "pip install 'lmworks[deepspeed]'"
+        ) from None
 
 
 @contextlib.contextmanager

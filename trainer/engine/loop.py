@@ -33,15 +33,25 @@ class Progress:
 
 
 @dataclass(frozen=True)
+class Part:
+    """A phase of a run: the steps from `first_step` on, up to the next part's."""
+
+    first_step: int
+    first_sample: int
+    training: Training  # max_steps, batch, learning rate and schedule are this part's own
+    stream: TrainStream
+    validation: Callable[[], Iterator[Batch]]
+
+
+@dataclass(frozen=True)
 class Run:
     """The pieces of one training run, wired by a stage."""
 
-    training: Training
+    training: Training  # what is the same in all parts
     seed: int
     engine: Engine
     objective: Objective
-    stream: TrainStream
-    validation: Callable[[], Iterator[Batch]]
+    parts: tuple[Part, ...]
     checkpoints: Checkpoints
     meter: Meter
     log: Log
@@ -49,21 +59,42 @@ class Run:
     progress: Progress
     bytes_per_token: float | None  # of the validation text; None: no bits per byte (masked LM)
 
+    @property
+    def last_step(self) -> int:
+        """Steps of all parts."""
+        return self.parts[-1].first_step + self.parts[-1].training.max_steps
 
-def train(run: Run) -> dict[str, float]:
-    """Take optimizer steps until `max_steps`; returns the last evaluation.
+    def part(self, step: int) -> Part:
+        """The part that optimizer step `step` (from 0) belongs to."""
+        return next(part for part in reversed(self.parts) if part.first_step <= step)
+
+    def learning_rate(self, step: int) -> float:
+        """Of optimizer step `step` (from 0)."""
+        part = self.part(step)
+        training = part.training
+        at = step - part.first_step
+        return learning_rate_at(at, training.optim.learning_rate, training.schedule, training.max_steps)
+
+    def batches(self, step: int) -> list[Batch]:
+        """This rank's micro-batches of optimizer step `step` (from 0)."""
+        part = self.part(step)
+        return part.stream.micro_batches(step - part.first_step + self.progress.data_shift_steps)
+
+
+def train(run: Run, step: int) -> dict[str, float]:
+    """Take optimizer steps from `step` to the last; returns the last evaluation.
 
     Raises Preempted if any rank was asked to stop; the run is saved then.
     """
-    step, evaluation = resume(run), None
+    evaluation = None
     while True:
-        if step % run.training.eval_every_steps == 0 or step == run.training.max_steps:
+        if step % run.training.eval_every_steps == 0 or step == run.last_step:
             evaluation = evaluate(run, step)
-        if step == run.training.max_steps and evaluation is not None:
+        if step == run.last_step and evaluation is not None:
             run.checkpoints.finish()
             return evaluation
         with run.meter.waiting():
-            batches = run.stream.micro_batches(step + run.progress.data_shift_steps)
+            batches = run.batches(step)
         counts, stop = count_targets(run, step, batches)
         taken = None if stop else take_step(run, step, batches, counts)
         if taken is None:
@@ -74,7 +105,7 @@ def train(run: Run) -> dict[str, float]:
         step += 1
         if step % run.training.log_every_steps == 0:
             _report(run, step)
-        if run.checkpoints.due(step):
+        if step % run.training.save_every_steps == 0 or step == run.last_step:
             save(run, step)
 
 
@@ -82,8 +113,8 @@ def evaluate(run: Run, step: int) -> dict[str, float] | None:
     """Loss, perplexity and accuracy on the validation rows; None, and nothing reported, if a signal cut it short."""
     totals = {"loss": 0.0, "accuracy": 0.0, "targets": 0.0}
     model = run.engine.unwrapped.eval()
-    with torch.no_grad(), run.engine.autocast():
-        for batch in run.validation():
+    with run.meter.paused(), torch.no_grad(), run.engine.autocast():
+        for batch in run.part(step).validation():
             if run.engine.ranks.agree(stop_requested(), f"evaluating after step {step}"):
                 return None
             loss = language_model(model, batch.to(run.engine.device))
@@ -136,9 +167,7 @@ class Taken:
 
 def take_step(run: Run, step: int, batches: list[Batch], counts: dict[str, float]) -> Taken | None:
     """Try one optimizer step; None if a signal came between its micro-batches, and nothing was changed."""
-    schedule = run.training.schedule
-    learning_rate = learning_rate_at(step, run.training.optim.learning_rate, schedule, run.training.max_steps)
-    run.engine.begin_step(step, learning_rate, run.seed)
+    run.engine.begin_step(step, run.learning_rate(step), run.seed)
     total = torch.zeros((), device=run.engine.device)
     for number, batch in enumerate(batches, start=1):
         if number > 1 and run.engine.ranks.agree(stop_requested(), f"accumulating in step {step}"):
@@ -157,9 +186,11 @@ def take_step(run: Run, step: int, batches: list[Batch], counts: dict[str, float
 
 
 def _samples(run: Run, step: int) -> tuple[int, int]:
-    """First and last sample of a step's batch."""
-    first = (step + run.progress.data_shift_steps) * run.training.global_batch_size
-    return first, first + run.training.global_batch_size - 1
+    """First and last sample of a step's batch, counted from the beginning of its part."""
+    part = run.part(step)
+    size = part.training.global_batch_size
+    first = (step - part.first_step + run.progress.data_shift_steps) * size
+    return first, first + size - 1
 
 
 def _stop(run: Run, step: int) -> NoReturn:
@@ -188,11 +219,10 @@ def _rewind(run: Run, step: int) -> int:
 
 def _report(run: Run, step: int) -> None:
     row = run.meter.flush()
-    training = run.training
-    learning_rate = learning_rate_at(step - 1, training.optim.learning_rate, training.schedule, training.max_steps)
+    part = run.part(step - 1)
+    samples = part.first_sample + (step - part.first_step) * part.training.global_batch_size
     progress = {"tokens": run.progress.tokens, "skipped_steps": run.progress.skipped_steps}
-    samples = step * training.global_batch_size
-    run.log.event("train", step, samples=samples, **progress, learning_rate=learning_rate, **row)
+    run.log.event("train", step, samples=samples, **progress, learning_rate=run.learning_rate(step - 1), **row)
     run.log.progress(step, row)
 
 
@@ -200,6 +230,6 @@ def save(run: Run, step: int, in_background: bool | None = None) -> None:
     """Report what was not reported, and write a checkpoint; in the background if the recipe says so."""
     if run.meter.has_steps():
         _report(run, step)
-    last = step == run.training.max_steps
-    background = run.training.checkpoint.asynchronous and not last if in_background is None else in_background
-    run.checkpoints.save(step, asdict(run.progress), background)
+    background = run.training.checkpoint.asynchronous and step != run.last_step
+    with run.meter.paused():
+        run.checkpoints.save(step, asdict(run.progress), background if in_background is None else in_background)

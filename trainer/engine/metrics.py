@@ -19,15 +19,16 @@ from torch.utils.tensorboard import SummaryWriter
 
 from trainer.engine.engine import Engine
 from trainer.engine.strategy import StepResult
+from trainer.models import TrainFlops
 from trainer.objectives.loss import LossSum
 
 
 class Meter:
     """Sums of the loss terms since the last report; they stay on the device until someone asks."""
 
-    def __init__(self, engine: Engine, flops_per_token: float, peak_flops: float | None) -> None:
+    def __init__(self, engine: Engine, flops: TrainFlops, peak_flops: float | None) -> None:
         self._engine = engine
-        self._flops_per_token = flops_per_token
+        self._flops = flops
         self._peak_flops = peak_flops
         self.forward_watch = Stopwatch(engine.device)
         self.clear()
@@ -41,7 +42,7 @@ class Meter:
         self._counts = {"targets": 0.0, "tokens": 0.0}
         self._steps = 0
         self._norm = math.nan
-        self._waited_s = 0.0
+        self._waited_s = self._paused_s = 0.0
         self._began = time.perf_counter()
 
     @contextlib.contextmanager
@@ -50,6 +51,13 @@ class Meter:
         began = time.perf_counter()
         yield
         self._waited_s += time.perf_counter() - began
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Around what is no training: evaluation, saving. It counts for no step's time."""
+        began = time.perf_counter()
+        yield
+        self._paused_s += time.perf_counter() - began
 
     def add(self, loss: LossSum) -> None:
         """Take in one micro-batch of this rank."""
@@ -64,7 +72,7 @@ class Meter:
         self._pending[name] = self._pending[name] + value if name in self._pending else value
 
     def step(self, counts: dict[str, float], result: StepResult) -> None:
-        """Take in the end of one optimizer step and its global counts; the losses of a skipped one count for nothing."""
+        """Take in the end of an optimizer step and its global counts; the losses of a skipped one count for nothing."""
         self._steps += 1
         self._norm = result.grad_norm
         pending, self._pending = self._pending, {}
@@ -77,9 +85,9 @@ class Meter:
 
     def flush(self) -> dict[str, float | None]:
         """Global means over the steps since the last call. A collective: every rank calls it."""
-        seconds = time.perf_counter() - self._began
         names = list(self._sums)
-        local = torch.stack([self._sums[name].float() for name in names]).tolist()
+        local = torch.stack([self._sums[name].float() for name in names]).tolist()  # waits for the device
+        seconds = time.perf_counter() - self._began - self._paused_s
         *sums, waited_s = self._engine.ranks.sum([*local, self._waited_s], "adding up the losses")
         totals = dict(zip(names, sums, strict=True))
         means = {name: total / self._counts[self._weights[name][1]] for name, total in totals.items()}
@@ -107,7 +115,8 @@ class Meter:
         tokens_per_s = self._counts["tokens"] / seconds
         mfu = None
         if self._peak_flops is not None:
-            mfu = tokens_per_s * self._flops_per_token / (self._peak_flops * self._engine.world)
+            done = self._flops.of(self._counts["tokens"], self._counts["targets"])
+            mfu = done / seconds / (self._peak_flops * self._engine.world)
         return {
             "step_time_s": seconds / self._steps,
             "tokens_per_s": tokens_per_s,

@@ -11,7 +11,9 @@ from trainer.errors import UserError
 def require(precision: str, device_type: str, strategy: str) -> None:
     """UserError if this machine or strategy cannot train in `precision`; nothing is ever replaced by another."""
     capability = torch.cuda.get_device_capability() if device_type == "cuda" else None
-    shown = f"{torch.cuda.get_device_name()}, compute capability {capability[0]}.{capability[1]}" if capability else "a CPU"
+    shown = (
+        f"{torch.cuda.get_device_name()}, compute capability {capability[0]}.{capability[1]}" if capability else "a CPU"
+    )
     needs = {"tf32": (8, 0), "bf16": (8, 0), "fp8": (8, 9), "fp16": (5, 3)}
     if precision in needs and not (precision == "bf16" and capability is None):
         needed = needs[precision]
@@ -60,7 +62,9 @@ def set_matmul_precision(precision: str) -> None:
 
 def types(precision: str, strategy: str) -> dict[str, str]:
     """The type of each part of training, as launch.json states it."""
-    compute = {"fp32": "fp32", "tf32": "tf32 (fp32 with 10 bits of mantissa in matrix products)"}.get(precision, precision)
+    compute = {"fp32": "fp32", "tf32": "tf32 (fp32 with 10 bits of mantissa in matrix products)"}.get(
+        precision, precision
+    )
     low = strategy == "deepspeed" and precision in ("bf16", "fp16")
     return {
         "matrix_products": compute,

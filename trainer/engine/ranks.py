@@ -12,7 +12,7 @@ from trainer.errors import RankLost
 
 
 class Ranks:
-    """This process among all of a run. Host numbers go over a gloo group of their own, so they never make a GPU wait."""
+    """This process among all of a run. Host numbers go over a gloo group of their own: they never make a GPU wait."""
 
     def __init__(self, rank: int, world: int, timeout_s: float) -> None:
         self.rank, self.world = rank, world

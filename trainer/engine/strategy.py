@@ -27,7 +27,11 @@ class Strategy(Protocol):
 
     model: nn.Module  # what objectives call
     module: nn.Module  # the same without what a strategy wraps around it, for evaluation
-    optimizer: torch.optim.Optimizer  # learning rates are set in its param_groups
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """Learning rates are set in its param_groups."""
+        ...
 
     def prepare(self, model: nn.Module, build: BuildOptimizer) -> None:
         """Take the model (float32, on the host, equal on all ranks) and make its optimizer."""

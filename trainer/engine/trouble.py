@@ -29,8 +29,9 @@ class Trouble:
     ) -> bool:
         """Look at a step: this rank's share of its loss, what the optimizer made of it, and the samples it saw.
 
-        Returns whether its loss was a spike, if the recipe has a `loss_spike`. Raises UserError after `max_bad_steps` in a row that were not applied. In fp16 a skipped step is how the loss
-        scale finds its size, and counts only once the scale cannot fall further.
+        Returns whether its loss was a spike, if the recipe has a `loss_spike`. Raises UserError after `max_bad_steps`
+        in a row that were not applied. In fp16 a skipped step is how the loss scale finds its size, and counts only
+        once the scale cannot fall further.
         """
         at_work = loss_scale is not None and loss_scale > _SMALLEST_LOSS_SCALE
         self._bad = [] if result.applied or at_work else [*self._bad, (step, samples)]

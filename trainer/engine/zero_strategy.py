@@ -37,7 +37,7 @@ class Zero:
     def configure(self, zero: ZeroConfig) -> None:
         """Take the resolved configuration; to be called before `prepare`."""
         self._zero = zero
-        plugin = self._accelerator.state.deepspeed_plugin
+        plugin: Any = self._accelerator.state.deepspeed_plugin
         plugin.deepspeed_config = zero.config
 
     def prepare(self, model: nn.Module, build: BuildOptimizer) -> None:
