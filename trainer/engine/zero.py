@@ -377,10 +377,11 @@ def _settle_offload(draft: _Draft, stage: int, training: Training, run_dir: Path
 
 
 def _settle_nvme(draft: _Draft, key: str, nvme_path: Path | None, run_dir: Path) -> None:
-    found = draft.get(key, _AUTO)
-    if found == _AUTO and nvme_path is None:
+    is_open = draft.get(key, _AUTO) == _AUTO
+    if nvme_path is None and is_open:
         draft.problems.append(f"{key}: needs the recipe's engine.nvme_path, a folder on a node's own NVMe drive")
-    elif found == _AUTO:
+        draft.put(key, None)
+    elif nvme_path is not None and is_open:
         digest = hashlib.sha256(str(run_dir.absolute()).encode()).hexdigest()[:8]
         draft.put(key, str(nvme_path / f"{run_dir.name}-{digest}"))
     elif nvme_path is not None:
@@ -402,10 +403,12 @@ def _check_zeropp(draft: _Draft, world: int, stage: int, on_cpu: bool) -> None:
     if isinstance(group, int) and group > 1 and world % min(group, world):
         draft.refuse("zero_optimization.zero_hpz_partition_size", f"{world} ranks do not divide into groups of {group}")
     quantized = ("zero_quantized_weights", "zero_quantized_nontrainable_weights", "zero_quantized_gradients")
-    for key in (*quantized, "zero_hpz_partition_size"):
-        if stage < 3 and draft.get(f"zero_optimization.{key}") not in (None, False, 1):
+    used = [key for key in quantized if draft.get(f"zero_optimization.{key}") is True]
+    if stage < 3:
+        for key in [*used, *(["zero_hpz_partition_size"] if group != 1 else [])]:
             draft.refuse(f"zero_optimization.{key}", f"that needs stage 3; the stage is {stage}")
-        elif on_cpu and draft.get(f"zero_optimization.{key}") is True:
+    elif on_cpu:
+        for key in used:
             draft.refuse(f"zero_optimization.{key}", "DeepSpeed quantizes on GPUs only")
     if draft.get("zero_optimization.zero_quantized_weights") is True and draft.get("torch_autocast.enabled") is True:
         draft.refuse("zero_optimization.zero_quantized_weights", "it does not go with torch_autocast")

@@ -14,8 +14,8 @@ def _words(text: str) -> frozenset[str]:
 TOP_LEVEL_KEYS = _words(
     """
     activation_checkpointing aio autotuning bf16 bfloat16 checkpoint comet comms_logger communication_data_type compile
-    csv_monitor data_efficiency data_types dataloader_drop_last datastates_ckpt disable_allgather dump_state
-    expert_parallel flops_profiler fp16 gradient_accumulation_steps gradient_allreduce_op gradient_clipping
+    csv_monitor data_efficiency data_types dataloader_drop_last datastates_ckpt disable_allgather disable_python_gc
+    dump_state expert_parallel flops_profiler fp16 gradient_accumulation_steps gradient_allreduce_op gradient_clipping
     gradient_predivide_factor hybrid_engine log_level managed_gradient_accumulation memory_breakdown optimizer pipeline
     prescale_gradients scheduler seq_parallel_communication_data_type sequence_parallel_size steps_per_print tensorboard
     tensor_parallel timers torch_autocast train_batch_size train_micro_batch_size_per_gpu
@@ -26,13 +26,13 @@ TOP_LEVEL_KEYS = _words(
 # Fields and aliases of DeepSpeedZeroConfig (0.19.8: deepspeed/runtime/zero/config.py), but for the deprecated ones.
 ZERO_KEYS = _words(
     """
-    allgather_bucket_size allgather_partitions allgather_sequential contiguous_gradients elastic_checkpoint
-    enable_sanity_checks gather_16bit_weights_on_model_save ignore_unused_parameters leaf_module legacy_stage1
-    load_from_fp32_weights log_trace_cache_warnings max_live_parameters max_reuse_distance memory_efficient_linear
-    model_persistence_threshold module_granularity_threshold offload_optimizer offload_param overlap_comm
-    override_module_apply param_persistence_threshold pipeline_loading_checkpoint prefetch_bucket_size
-    reduce_bucket_size reduce_scatter round_robin_gradients save_muon_momentum_buffer_in_memory stage
-    stage3_allgather_sequential stage3_gather_16bit_weights_on_model_save stage3_max_live_parameters
+    allgather_bucket_size allgather_partitions allgather_sequential compute_grad_norm contiguous_gradients
+    elastic_checkpoint enable_sanity_checks gather_16bit_weights_on_model_save ignore_unused_parameters leaf_module
+    legacy_stage1 load_from_fp32_weights log_trace_cache_warnings max_live_parameters max_reuse_distance
+    memory_efficient_linear model_persistence_threshold module_granularity_threshold offload_optimizer offload_param
+    overlap_comm override_module_apply param_persistence_threshold parameter_alignment pipeline_loading_checkpoint
+    prefetch_bucket_size reduce_bucket_size reduce_scatter round_robin_gradients save_muon_momentum_buffer_in_memory
+    stage stage3_allgather_sequential stage3_gather_16bit_weights_on_model_save stage3_max_live_parameters
     stage3_max_reuse_distance stage3_model_persistence_threshold stage3_module_granularity_threshold
     stage3_param_persistence_threshold stage3_prefetch_bucket_size stage3_use_all_reduce_for_fetch_params sub_group_size
     use_all_reduce_for_fetch_params use_multi_rank_bucket_allreduce zenflow zero_hpz_partition_size
@@ -69,6 +69,7 @@ NOT_HERE = {
 FIXED: dict[str, tuple[Any, str]] = {
     "managed_gradient_accumulation": (True, "the engine says where a step ends"),
     "gradient_allreduce_op": ("mean", "the engine counts on gradients averaged over ranks"),
+    "zero_optimization.compute_grad_norm": (True, "the norm is reported, and clipped to"),
     "fp16.fp16_master_weights_and_grads": (False, "master weights are fp32"),
     "bf16.bf16_master_weights_and_grads": (False, "master weights are fp32"),
     "bf16.bf16_optimizer_states": (False, "optimizer state is fp32"),
