@@ -255,7 +255,7 @@ def resolve_zero(
     offload_optimizer, offload_param = _settle_offload(draft, stage, training, run_dir)
     _settle_optimizer(draft, training.optim, offload_optimizer)
     _check_zeropp(draft, world, stage, on_cpu)
-    _check_version(draft, deepspeed_version, stage, on_cpu)
+    _check_version(draft, deepspeed_version, training, stage, on_cpu)
     if draft.get("steps_per_print", _AUTO) == _AUTO:
         draft.put("steps_per_print", _NEVER_STEPS)
     draft.problems += [f'{key}: "auto", but the recipe has nothing for it' for key in _autos(draft.tree)]
@@ -414,14 +414,17 @@ def _check_zeropp(draft: _Draft, world: int, stage: int, on_cpu: bool) -> None:
         draft.refuse("zero_optimization.zero_quantized_weights", "it does not go with torch_autocast")
 
 
-def _check_version(draft: _Draft, version: str, stage: int, on_cpu: bool) -> None:
+def _check_version(draft: _Draft, version: str, training: Training, stage: int, on_cpu: bool) -> None:
     case = Case(
         stage=stage,
         bf16=draft.get("bf16.enabled") is True,
         autocast=_DTYPES.get(draft.get("torch_autocast.dtype")) if draft.get("torch_autocast.enabled") else None,
+        accumulates_in_fp32=draft.get("data_types.grad_accum_dtype") in ("fp32", "float32", "torch.float32", "float"),
         offload_optimizer=draft.get("zero_optimization.offload_optimizer.device", "none") != "none",
         accumulation=draft.get("gradient_accumulation_steps"),
         contiguous_gradients=draft.get("zero_optimization.contiguous_gradients", True) is not False,
+        overlap_comm=draft.get("zero_optimization.overlap_comm", stage == 3) is True,
+        compiled=training.compile,
         on_cpu=on_cpu,
     )
     draft.problems += [

@@ -82,9 +82,12 @@ class Case(NamedTuple):
     stage: int
     bf16: bool  # weights and gradients in bf16, DeepSpeed's `bf16` section
     autocast: str | None  # dtype of torch_autocast, where that makes the precision
+    accumulates_in_fp32: bool  # data_types.grad_accum_dtype
     offload_optimizer: bool
     accumulation: int
     contiguous_gradients: bool
+    overlap_comm: bool
+    compiled: bool
     on_cpu: bool
 
 
@@ -103,7 +106,7 @@ KNOWN_WRONG = (
     KnownWrong("0.17.6", "0.18.3", lambda case: case.stage == 2, "ZeRO-2 gradients are too small", "DeepSpeed#7718"),
     KnownWrong(
         "0.18.3",
-        "0.19.8",  # to be read in 0.19.8's source
+        "0.19.8",  # assumed: the thread was closed by PR 8245 after 0.19.5, and its release was not found
         lambda case: case.stage == 2 and case.bf16,
         "ZeRO-2 in bf16 reduces the gradients of a module that runs twice in a step wrongly",
         "DeepSpeed#8224",
@@ -114,6 +117,20 @@ KNOWN_WRONG = (
         lambda case: case.stage in (1, 2) and case.offload_optimizer and case.accumulation > 1,
         "ZeRO-1/2 with an offloaded optimizer drops micro-batches of an accumulated step",
         "DeepSpeed#7967, #7981",
+    ),
+    KnownWrong(
+        "0.18.6",  # the oldest that the thread tried
+        "0.19.0",
+        lambda case: case.stage == 1 and case.bf16 and case.accumulates_in_fp32 and not case.offload_optimizer,
+        "ZeRO-1 in bf16 with grad_accum_dtype fp32 leaves the last micro-batch out of the average over ranks",
+        "DeepSpeed#7985",
+    ),
+    KnownWrong(
+        "0",
+        "0.19.3",
+        lambda case: case.stage in (1, 2) and case.overlap_comm and case.compiled,
+        "ZeRO-1/2 with overlap_comm reduces gradients of compiled models before they are there",
+        "DeepSpeed#8061, #8080",
     ),
     KnownWrong(
         "0",
