@@ -255,7 +255,7 @@ def resolve_zero(
     offload_optimizer, offload_param = _settle_offload(draft, stage, training, run_dir)
     _settle_optimizer(draft, training.optim, offload_optimizer)
     _check_zeropp(draft, world, stage, on_cpu)
-    _check_version(draft, deepspeed_version, stage, on_cpu)
+    _check_version(draft, deepspeed_version, training, stage, on_cpu)
     if draft.get("steps_per_print", _AUTO) == _AUTO:
         draft.put("steps_per_print", _NEVER_STEPS)
     draft.problems += [f'{key}: "auto", but the recipe has nothing for it' for key in _autos(draft.tree)]
@@ -377,10 +377,11 @@ def _settle_offload(draft: _Draft, stage: int, training: Training, run_dir: Path
 
 
 def _settle_nvme(draft: _Draft, key: str, nvme_path: Path | None, run_dir: Path) -> None:
-    found = draft.get(key, _AUTO)
-    if found == _AUTO and nvme_path is None:
+    is_open = draft.get(key, _AUTO) == _AUTO
+    if nvme_path is None and is_open:
         draft.problems.append(f"{key}: needs the recipe's engine.nvme_path, a folder on a node's own NVMe drive")
-    elif found == _AUTO:
+        draft.put(key, None)
+    elif nvme_path is not None and is_open:
         digest = hashlib.sha256(str(run_dir.absolute()).encode()).hexdigest()[:8]
         draft.put(key, str(nvme_path / f"{run_dir.name}-{digest}"))
     elif nvme_path is not None:
@@ -402,23 +403,28 @@ def _check_zeropp(draft: _Draft, world: int, stage: int, on_cpu: bool) -> None:
     if isinstance(group, int) and group > 1 and world % min(group, world):
         draft.refuse("zero_optimization.zero_hpz_partition_size", f"{world} ranks do not divide into groups of {group}")
     quantized = ("zero_quantized_weights", "zero_quantized_nontrainable_weights", "zero_quantized_gradients")
-    for key in (*quantized, "zero_hpz_partition_size"):
-        if stage < 3 and draft.get(f"zero_optimization.{key}") not in (None, False, 1):
+    used = [key for key in quantized if draft.get(f"zero_optimization.{key}") is True]
+    if stage < 3:
+        for key in [*used, *(["zero_hpz_partition_size"] if group != 1 else [])]:
             draft.refuse(f"zero_optimization.{key}", f"that needs stage 3; the stage is {stage}")
-        elif on_cpu and draft.get(f"zero_optimization.{key}") is True:
+    elif on_cpu:
+        for key in used:
             draft.refuse(f"zero_optimization.{key}", "DeepSpeed quantizes on GPUs only")
     if draft.get("zero_optimization.zero_quantized_weights") is True and draft.get("torch_autocast.enabled") is True:
         draft.refuse("zero_optimization.zero_quantized_weights", "it does not go with torch_autocast")
 
 
-def _check_version(draft: _Draft, version: str, stage: int, on_cpu: bool) -> None:
+def _check_version(draft: _Draft, version: str, training: Training, stage: int, on_cpu: bool) -> None:
     case = Case(
         stage=stage,
         bf16=draft.get("bf16.enabled") is True,
         autocast=_DTYPES.get(draft.get("torch_autocast.dtype")) if draft.get("torch_autocast.enabled") else None,
+        accumulates_in_fp32=draft.get("data_types.grad_accum_dtype") in ("fp32", "float32", "torch.float32", "float"),
         offload_optimizer=draft.get("zero_optimization.offload_optimizer.device", "none") != "none",
         accumulation=draft.get("gradient_accumulation_steps"),
         contiguous_gradients=draft.get("zero_optimization.contiguous_gradients", True) is not False,
+        overlap_comm=draft.get("zero_optimization.overlap_comm", stage == 3) is True,
+        compiled=training.compile,
         on_cpu=on_cpu,
     )
     draft.problems += [

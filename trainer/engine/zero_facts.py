@@ -14,8 +14,8 @@ def _words(text: str) -> frozenset[str]:
 TOP_LEVEL_KEYS = _words(
     """
     activation_checkpointing aio autotuning bf16 bfloat16 checkpoint comet comms_logger communication_data_type compile
-    csv_monitor data_efficiency data_types dataloader_drop_last datastates_ckpt disable_allgather dump_state
-    expert_parallel flops_profiler fp16 gradient_accumulation_steps gradient_allreduce_op gradient_clipping
+    csv_monitor data_efficiency data_types dataloader_drop_last datastates_ckpt disable_allgather disable_python_gc
+    dump_state expert_parallel flops_profiler fp16 gradient_accumulation_steps gradient_allreduce_op gradient_clipping
     gradient_predivide_factor hybrid_engine log_level managed_gradient_accumulation memory_breakdown optimizer pipeline
     prescale_gradients scheduler seq_parallel_communication_data_type sequence_parallel_size steps_per_print tensorboard
     tensor_parallel timers torch_autocast train_batch_size train_micro_batch_size_per_gpu
@@ -26,13 +26,13 @@ TOP_LEVEL_KEYS = _words(
 # Fields and aliases of DeepSpeedZeroConfig (0.19.8: deepspeed/runtime/zero/config.py), but for the deprecated ones.
 ZERO_KEYS = _words(
     """
-    allgather_bucket_size allgather_partitions allgather_sequential contiguous_gradients elastic_checkpoint
-    enable_sanity_checks gather_16bit_weights_on_model_save ignore_unused_parameters leaf_module legacy_stage1
-    load_from_fp32_weights log_trace_cache_warnings max_live_parameters max_reuse_distance memory_efficient_linear
-    model_persistence_threshold module_granularity_threshold offload_optimizer offload_param overlap_comm
-    override_module_apply param_persistence_threshold pipeline_loading_checkpoint prefetch_bucket_size
-    reduce_bucket_size reduce_scatter round_robin_gradients save_muon_momentum_buffer_in_memory stage
-    stage3_allgather_sequential stage3_gather_16bit_weights_on_model_save stage3_max_live_parameters
+    allgather_bucket_size allgather_partitions allgather_sequential compute_grad_norm contiguous_gradients
+    elastic_checkpoint enable_sanity_checks gather_16bit_weights_on_model_save ignore_unused_parameters leaf_module
+    legacy_stage1 load_from_fp32_weights log_trace_cache_warnings max_live_parameters max_reuse_distance
+    memory_efficient_linear model_persistence_threshold module_granularity_threshold offload_optimizer offload_param
+    overlap_comm override_module_apply param_persistence_threshold parameter_alignment pipeline_loading_checkpoint
+    prefetch_bucket_size reduce_bucket_size reduce_scatter round_robin_gradients save_muon_momentum_buffer_in_memory
+    stage stage3_allgather_sequential stage3_gather_16bit_weights_on_model_save stage3_max_live_parameters
     stage3_max_reuse_distance stage3_model_persistence_threshold stage3_module_granularity_threshold
     stage3_param_persistence_threshold stage3_prefetch_bucket_size stage3_use_all_reduce_for_fetch_params sub_group_size
     use_all_reduce_for_fetch_params use_multi_rank_bucket_allreduce zenflow zero_hpz_partition_size
@@ -69,6 +69,7 @@ NOT_HERE = {
 FIXED: dict[str, tuple[Any, str]] = {
     "managed_gradient_accumulation": (True, "the engine says where a step ends"),
     "gradient_allreduce_op": ("mean", "the engine counts on gradients averaged over ranks"),
+    "zero_optimization.compute_grad_norm": (True, "the norm is reported, and clipped to"),
     "fp16.fp16_master_weights_and_grads": (False, "master weights are fp32"),
     "bf16.bf16_master_weights_and_grads": (False, "master weights are fp32"),
     "bf16.bf16_optimizer_states": (False, "optimizer state is fp32"),
@@ -81,9 +82,12 @@ class Case(NamedTuple):
     stage: int
     bf16: bool  # weights and gradients in bf16, DeepSpeed's `bf16` section
     autocast: str | None  # dtype of torch_autocast, where that makes the precision
+    accumulates_in_fp32: bool  # data_types.grad_accum_dtype
     offload_optimizer: bool
     accumulation: int
     contiguous_gradients: bool
+    overlap_comm: bool
+    compiled: bool
     on_cpu: bool
 
 
@@ -102,7 +106,7 @@ KNOWN_WRONG = (
     KnownWrong("0.17.6", "0.18.3", lambda case: case.stage == 2, "ZeRO-2 gradients are too small", "DeepSpeed#7718"),
     KnownWrong(
         "0.18.3",
-        "0.19.8",  # to be read in 0.19.8's source
+        "0.19.8",  # assumed: the thread was closed by PR 8245 after 0.19.5, and its release was not found
         lambda case: case.stage == 2 and case.bf16,
         "ZeRO-2 in bf16 reduces the gradients of a module that runs twice in a step wrongly",
         "DeepSpeed#8224",
@@ -113,6 +117,20 @@ KNOWN_WRONG = (
         lambda case: case.stage in (1, 2) and case.offload_optimizer and case.accumulation > 1,
         "ZeRO-1/2 with an offloaded optimizer drops micro-batches of an accumulated step",
         "DeepSpeed#7967, #7981",
+    ),
+    KnownWrong(
+        "0.18.6",  # the oldest that the thread tried
+        "0.19.0",
+        lambda case: case.stage == 1 and case.bf16 and case.accumulates_in_fp32 and not case.offload_optimizer,
+        "ZeRO-1 in bf16 with grad_accum_dtype fp32 leaves the last micro-batch out of the average over ranks",
+        "DeepSpeed#7985",
+    ),
+    KnownWrong(
+        "0",
+        "0.19.3",
+        lambda case: case.stage in (1, 2) and case.overlap_comm and case.compiled,
+        "ZeRO-1/2 with overlap_comm reduces gradients of compiled models before they are there",
+        "DeepSpeed#8061, #8080",
     ),
     KnownWrong(
         "0",
