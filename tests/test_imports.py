@@ -37,6 +37,7 @@ FLOORS = (
     ("trainer/config.py", "trainer/engine/launch.py"),
     ("trainer/recipe_file.py", "trainer/artifact.py"),
     ("trainer/environment.py", "trainer/models.py", "trainer/data/", "trainer/objectives/"),
+    ("trainer/engine/lamb.py",),
     ("trainer/engine/optim.py", "trainer/engine/zero.py"),
     ("trainer/engine/engine.py",),
     ("trainer/engine/metrics.py", "trainer/engine/checkpoint.py"),

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from importlib import metadata, util
+from importlib import metadata
 from pathlib import Path
 
 import psutil
@@ -21,7 +21,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from trainer.__main__ import stage_main
-from trainer.environment import gpus, peak_flops, processor
+from trainer.environment import APEX_BUILD, apex_kind, gpus, peak_flops, processor
 from trainer.errors import UserError
 
 _PROBE_LIMIT_S = 180.0  # a first import of torch from a cold network disk takes more than a minute
@@ -227,19 +227,16 @@ def _tensorrt() -> list[Finding]:
 
 
 def _apex() -> list[Finding]:
-    """NVIDIA's Apex is told from PyPI's package of that name by its files; importing it would start CUDA."""
-    spec = util.find_spec("apex")
-    if spec is None:
-        return [Finding("apex", "absent", "not installed", "no stage of this version needs it")]
-    folders = [Path(folder) for folder in spec.submodule_search_locations or ()]
-    if any((folder / "optimizers" / "fused_adam.py").is_file() for folder in folders):
-        return [
-            Finding("apex", "ok", f"NVIDIA's, {_version('apex') or 'no version'}", "no stage of this version uses it")
-        ]
-    do = "pip uninstall apex; NVIDIA's is built from github.com/NVIDIA/apex"
-    return [
-        Finding("apex", "problem", f"{_version('apex')}: not NVIDIA's, another project of that name", "nothing", do)
-    ]
+    kind, version, use = apex_kind(), _version("apex") or "no version", "optim.backend: apex"
+    if kind == "absent":
+        return [Finding("apex", "absent", "not installed", f"{use}; not needed otherwise")]
+    if kind == "nvidia":
+        return [Finding("apex", "ok", f"NVIDIA's, {version}", use)]
+    if kind == "without kernels":
+        found = f"NVIDIA's, {version}, built without its CUDA kernels"
+        return [Finding("apex", "problem", found, "nothing", APEX_BUILD)]
+    do = f"pip uninstall apex; {APEX_BUILD}"
+    return [Finding("apex", "problem", f"{version}: not NVIDIA's, another project of that name", "nothing", do)]
 
 
 def _compilers() -> list[Finding]:

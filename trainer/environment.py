@@ -7,9 +7,9 @@ import re
 import shlex
 import subprocess
 import sys
-from importlib import metadata
+from importlib import metadata, util
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import psutil
 
@@ -37,6 +37,11 @@ _VARIABLES = (
     "SLURM_JOB_ID",
     "SLURM_JOB_NUM_NODES",
     "SLURM_CPUS_PER_TASK",
+)
+
+# What to do about a missing or wrong Apex; the command is that of its README.
+APEX_BUILD = (
+    "build NVIDIA's from github.com/NVIDIA/apex: APEX_CPP_EXT=1 APEX_CUDA_EXT=1 pip install -v --no-build-isolation ."
 )
 
 # Dense peaks in TFLOP/s from the makers' datasheets (half the figure where they print it "with sparsity"); fp32 is
@@ -114,6 +119,17 @@ def gpus() -> list[dict[str, Any]]:
         }
         for gpu in seen
     ]
+
+
+def apex_kind() -> Literal["absent", "other", "without kernels", "nvidia"]:
+    """Which package named apex is installed: PyPI's is another project. Told by files, as importing it starts CUDA."""
+    spec = util.find_spec("apex")
+    if spec is None:
+        return "absent"
+    folders = [Path(folder) for folder in spec.submodule_search_locations or ()]
+    if not any((folder / "optimizers" / "fused_adam.py").is_file() for folder in folders):
+        return "other"
+    return "nvidia" if util.find_spec("amp_C") else "without kernels"
 
 
 def peak_flops(device_name: str, precision: str) -> float | None:

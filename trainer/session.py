@@ -79,7 +79,15 @@ class Session:
         if self._data.packing == "isolate":
             check_isolation(module)
         self._apply_options(model)
-        self.engine.prepare(module, build_optimizer(training.optim, self._groups(module), self._log.say))
+        optimizer = build_optimizer(
+            training.optim,
+            self._groups(module),
+            self._log.say,
+            device_type=self.engine.device.type,
+            offload=False,
+            sharded=False,
+        )
+        self.engine.prepare(module, optimizer)
         identity = run_identity(training, recipe.seed, inputs)
         mask = None
         if isinstance(self._objective, MaskedLM):
