@@ -125,6 +125,9 @@ def test_apex_of_pypi_is_told_from_nvidias_without_importing_either(site):
     assert row.state == "problem" and row.found.startswith("0.9.10: not NVIDIA's")
     (site / "apex" / "optimizers").mkdir()
     (site / "apex" / "optimizers" / "fused_adam.py").write_text(poison)
+    row = only(probe_apart("apex"))
+    assert row.state == "problem" and "without its CUDA kernels" in row.found
+    (site / "amp_C.py").write_text(poison)
     assert only(probe_apart("apex")).state == "ok"
 
 
