@@ -167,4 +167,4 @@ def known_wrong(version: str, case: Case) -> list[KnownWrong]:
 
 def _release(version: str) -> tuple[int, ...]:
     """0.19.8+cu12 -> (0, 19, 8)"""
-    return tuple(int(number) for number in re.findall(r"\d+", version.partition("+")[0])[:3])
+    return tuple(int(number) for number in re.findall(r"\d+", version)[:3])
