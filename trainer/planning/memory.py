@@ -1,0 +1,285 @@
+"""Bytes that one GPU holds while a model is trained: states by strategy, activations, and the moment of the peak.
+How many of each kind of parameter and activation there are is `shapes`' and `activations`' business.
+
+States follow ZeRO (Rajbhandari et al. 2019, arXiv:1910.02054, section 3): with 16-bit weights and gradients and fp32
+master weights and two moments, (2 + 2 + K) bytes a parameter, K = 12; stages 1, 2 and 3 divide optimizer state,
+gradients and weights by the number of GPUs. ddp, fsdp2 and zero0 train fp32 parameters under autocast: 4 + 4 + 8.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from trainer.errors import UserError
+from trainer.planning.activations import Activations, MicroBatch, Numerics, Precision, activations
+from trainer.planning.shapes import Shape
+
+DEEPSPEED_CONFIGS = Path(__file__).resolve().parents[2] / "deepspeed_configs"
+_MOMENTS = {"adamw": 2, "lamb": 2, "lion": 1}  # fp32 values that an optimizer keeps for a parameter
+
+# DeepSpeed's defaults (runtime/zero/config.py), in elements.
+_REDUCE_BUCKET = 500_000_000
+_MAX_LIVE = 1_000_000_000
+_SUB_GROUP = 1_000_000_000
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """Who holds what. `stage` as in ZeRO; ddp is 0, fsdp2 shards as 3 does."""
+
+    name: str
+    stage: Literal[0, 1, 2, 3]
+    deepspeed: bool
+    offload_optimizer: str = "none"  # none, cpu, nvme
+    offload_parameters: str = "none"
+    reduce_bucket: int | None = _REDUCE_BUCKET  # elements; None: DeepSpeed's `auto`, D x D
+    overlap: bool = True
+    max_live: int = _MAX_LIVE
+    sub_group: int = _SUB_GROUP
+    secondary_partition: int = 1  # ZeRO++ hpZ: GPUs that share a second copy of the weights
+    quantized_weights: bool = False  # ZeRO++ qwZ
+    quantized_gradients: bool = False  # ZeRO++ qgZ
+
+    def autocast(self, precision: Precision) -> bool:
+        """Whether parameters stay fp32 and autocast makes the 16 bits."""
+        return precision not in ("fp32", "tf32") and not (self.deepspeed and self.stage > 0)
+
+
+def standard_strategies() -> list[Strategy]:
+    """What a user chooses between; buckets as `lmworks` ships them in deepspeed_configs."""
+    zero = {"deepspeed": True, "reduce_bucket": 50_000_000}
+    three = {"deepspeed": True, "reduce_bucket": None}
+    return [
+        Strategy("ddp / zero0", 0, deepspeed=False),
+        Strategy("zero1", 1, **zero),
+        Strategy("zero2", 2, **zero),
+        Strategy("zero2_offload", 2, **zero, offload_optimizer="cpu"),
+        Strategy("zero3", 3, **three),
+        Strategy("zero3_offload", 3, **three, offload_optimizer="cpu", offload_parameters="cpu", sub_group=10**8),
+        Strategy("fsdp2", 3, deepspeed=False),
+    ]
+
+
+def strategy_of(zero: str) -> Strategy:
+    """What a DeepSpeed JSON says: a name in deepspeed_configs/ or a path."""
+    path = Path(zero) if Path(zero).is_file() else DEEPSPEED_CONFIGS / f"{zero}.json"
+    if not path.is_file():
+        raise UserError(
+            f"engine.zero: no DeepSpeed config {zero!r}", "a name in deepspeed_configs/ or the path of a JSON"
+        )
+    try:
+        section = json.loads(path.read_text(encoding="utf-8")).get("zero_optimization", {})
+    except (json.JSONDecodeError, AttributeError) as error:
+        raise UserError(f"{path}: {error}", "a DeepSpeed JSON") from None
+    return _from_section(Path(zero).stem, section)
+
+
+def _from_section(name: str, section: Mapping[str, Any]) -> Strategy:
+    def number(key: str, default: int) -> int:
+        return int(section[key]) if isinstance(section.get(key), int | float) else default
+
+    def device(key: str) -> str:
+        return (section.get(key) or {}).get("device", "none")
+
+    bucket = None if section.get("reduce_bucket_size") == "auto" else number("reduce_bucket_size", _REDUCE_BUCKET)
+    return Strategy(
+        name=name,
+        stage=section.get("stage", 0),
+        deepspeed=True,
+        offload_optimizer=device("offload_optimizer"),
+        offload_parameters=device("offload_param"),
+        reduce_bucket=bucket,
+        overlap=bool(section.get("overlap_comm", True)),
+        max_live=number("stage3_max_live_parameters", _MAX_LIVE),
+        sub_group=number("sub_group_size", _SUB_GROUP),
+        secondary_partition=number("zero_hpz_partition_size", 1),
+        quantized_weights=bool(section.get("zero_quantized_weights", False)),
+        quantized_gradients=bool(section.get("zero_quantized_gradients", False)),
+    )
+
+
+@dataclass(frozen=True)
+class States:
+    """Bytes of one GPU that do not depend on the batch, and those it puts elsewhere."""
+
+    weights: float
+    gradients: float
+    master: float
+    moments: float
+    update: float  # more of them while the optimizer steps: the shard's gradients in fp32
+    host: float  # in the node's memory, for this GPU
+    nvme: float
+
+    @property
+    def total(self) -> float:
+        return self.weights + self.gradients + self.master + self.moments
+
+
+def states(parameters: float, gpus: int, strategy: Strategy, precision: Precision, optimizer: str = "adamw") -> States:
+    """Weights, gradients, master weights and optimizer state of `parameters` on one of `gpus`."""
+    half = precision not in ("fp32", "tf32") and not strategy.autocast(precision)
+    size = 2 if half else 4
+    shard = parameters / gpus
+    # DeepSpeed's sharded optimizers keep an fp32 copy of their shard whatever the parameters are in.
+    master = 4.0 * shard if strategy.deepspeed and strategy.stage > 0 else 0.0
+    moments = 4.0 * _MOMENTS[optimizer] * (shard if strategy.stage > 0 else parameters)
+    weights = size * (shard if strategy.stage == 3 else parameters)
+    gradients = size * (shard if strategy.stage >= 2 else parameters)
+    update = 4.0 * min(shard, strategy.sub_group if strategy.stage == 3 else shard) if half else 0.0
+    away = {"cpu": 0.0, "nvme": 0.0, "none": 0.0}
+    if strategy.offload_optimizer != "none":
+        away[strategy.offload_optimizer] += master + moments + 4.0 * shard  # fp32 gradients of the shard go along
+        master = moments = gradients = update = 0.0
+    if strategy.offload_parameters != "none":
+        away[strategy.offload_parameters] += weights
+        weights = 0.0
+    if strategy.secondary_partition > 1:
+        weights += size * parameters / min(gpus, strategy.secondary_partition)
+    return States(weights, gradients, master, moments, update, away["cpu"], away["nvme"])
+
+
+def buffers(shape: Shape, gpus: int, strategy: Strategy, precision: Precision) -> float:
+    """What collectives need beside the states: gradient buckets, and weights gathered for use."""
+    if gpus == 1 and strategy.offload_parameters == "none" and not strategy.deepspeed:
+        return 0.0
+    counts = shape.parameters()
+    size = 4 if precision in ("fp32", "tf32") or strategy.autocast(precision) else 2
+    if strategy.name == "fsdp2":
+        # The block at work and the one fetched ahead; its gradients, and the copy that is reduced (torch's FSDP2). What
+        # is outside the blocks stays gathered from forward to backward.
+        outside = counts.total - counts.block_matrices - counts.block_norms
+        return size * (4.0 * counts.largest_block + outside)
+    if strategy.stage == 0:
+        return 0.0  # gradients are views of DDP's buckets
+    bucket = float(shape.hidden**2 if strategy.reduce_bucket is None else strategy.reduce_bucket)
+    copies = 2 if strategy.overlap and strategy.stage < 3 else 1  # runtime/zero/stage_1_and_2.py: buf_0, buf_1
+    gathered = min(counts.total, strategy.max_live) if strategy.stage == 3 else 0
+    return size * (copies * bucket + gathered)
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes of one GPU by part, at the moment when their sum is largest."""
+
+    states: States
+    buffers: float
+    casts: float  # 16-bit copies of weights that autocast keeps
+    activations: float
+    logits: float
+    update: float
+    teacher: float
+    moment: Literal["forward", "loss", "backward", "update", "teacher"]
+
+    @property
+    def total(self) -> float:
+        parts = (self.buffers, self.casts, self.activations, self.logits, self.update, self.teacher)
+        return self.states.total + sum(parts)
+
+
+@dataclass(frozen=True)
+class TrainingCase:
+    """What of a stage decides about memory."""
+
+    shape: Shape
+    precision: Precision
+    optimizer: str
+    batch: MicroBatch
+    teacher: Shape | None = None
+    cuda: bool = True
+
+    def with_rows(self, rows: int) -> "TrainingCase":
+        """The same with another micro-batch."""
+        targets = round(self.batch.targets * rows / self.batch.rows)
+        return replace(self, batch=replace(self.batch, rows=rows, targets=targets))
+
+
+def footprint(training: TrainingCase, gpus: int, strategy: Strategy) -> Footprint:
+    """The peak of one GPU: the largest of the moments forward end, loss, block backward, update, teacher's forward."""
+    shape, precision, batch = training.shape, training.precision, training.batch
+    numerics = Numerics.of(precision, strategy.autocast(precision), training.cuda)
+    held = activations(shape, numerics, batch, distilling=training.teacher is not None)
+    fixed = states(shape.parameters().total, gpus, strategy, precision, training.optimizer)
+    casts, casts_after = weight_copies(shape, numerics, batch)
+    teacher_weights = _teacher_weights(training.teacher, numerics)
+    extra = buffers(shape, gpus, strategy, precision)
+
+    def moment(
+        name: Literal["forward", "loss", "backward", "update", "teacher"],
+        activation: float,
+        logits: float = 0.0,
+        casts: float = 0.0,
+        update: float = 0.0,
+    ) -> Footprint:
+        return Footprint(fixed, extra, casts, activation, logits, update, teacher_weights, name)
+
+    inside = held.kept - held.logits
+    weight_gradient = _output_gradient(shape, numerics, batch)
+    moments = [
+        moment("forward", inside, held.logits + held.logits_forward, casts),
+        moment("loss", inside, held.logits + max(held.logits_backward, weight_gradient), casts_after),
+        moment("backward", inside - held.head + held.window + held.block_gradients, 0.0, casts_after),
+        moment("update", 0.0, update=fixed.update),
+        moment("teacher", _teacher_forward(training, numerics)),
+    ]
+    return max(moments, key=lambda one: one.total)
+
+
+def largest_micro_batch(training: TrainingCase, gpus: int, strategy: Strategy, usable_bytes: float) -> int:
+    """Most rows of a micro-batch that fit; 0 if not even one does."""
+
+    def fits(rows: int) -> bool:
+        return footprint(training.with_rows(rows), gpus, strategy).total <= usable_bytes
+
+    if not fits(1):
+        return 0
+    low, high = 1, 2
+    while fits(high) and high < 2**16:
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+def weight_copies(shape: Shape, numerics: Numerics, batch: MicroBatch) -> tuple[float, float]:
+    """Autocast's copies of weights: at the end of the forward pass, and in the backward pass.
+
+    Autograd holds those that it multiplies with again; under checkpointing these are made anew, block by block.
+    """
+    if not numerics.casts:
+        return 0.0, 0.0
+    counts = shape.parameters()
+    total = float(numerics.matrix * counts.cast)
+    if not batch.checkpointing:
+        return total, total
+    return total, total - numerics.matrix * (counts.block_matrices - counts.block_matrices / shape.layers)
+
+
+def _output_gradient(shape: Shape, numerics: Numerics, batch: MicroBatch) -> float:
+    """While the output matrix is differentiated: its new gradient beside the old one, less the log-probabilities that
+    are gone by then."""
+    matrix = shape.vocabulary * shape.hidden
+    gradient = matrix * ((numerics.matrix + 4) if numerics.casts else numerics.matrix)
+    logits = batch.targets * shape.vocabulary
+    gone = logits * (4 - numerics.matrix) if batch.cross_entropy == "full" else 0
+    return float(gradient - gone)
+
+
+def _teacher_weights(teacher: Shape | None, numerics: Numerics) -> float:
+    """The frozen teacher, whole on every GPU, in the type of the student's parameters."""
+    if teacher is None:
+        return 0.0
+    return teacher.parameters().total * (4.0 if numerics.casts else float(numerics.matrix))
+
+
+def _teacher_forward(training: TrainingCase, numerics: Numerics) -> float:
+    """A forward pass without gradients: causal models hand out the hidden states of all blocks."""
+    teacher, batch = training.teacher, training.batch
+    if teacher is None:
+        return 0.0
+    states = teacher.layers + 1 if teacher.family.causal else 3
+    wide = batch.tokens * 2 * teacher.inner * numerics.matrix
+    logits = batch.targets * teacher.vocabulary * numerics.matrix * (2 if teacher.family.causal else 1)
+    return float(batch.tokens * teacher.hidden * numerics.stream * states + wide + logits)
