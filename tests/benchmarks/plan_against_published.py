@@ -62,7 +62,7 @@ def deepspeed_estimator() -> Iterator[Point]:
     rows = (
         ("zero2_offload", 5.31, ""),
         ("zero2", 15.93, "it counts 4 + 16/n bytes a parameter: all 16-bit gradients, though stage 2 divides them"),
-        ("zero3", 6.10, "it counts 18/n; ours is the ZeRO paper's 16/n, and 4/n more at the update, which it leaves out"),
+        ("zero3", 6.10, "it counts 18/n; ours is the paper's 16/n, and 4/n more at the update, which it leaves out"),
     )
     for name, gib, note in rows:
         held = states(parameters, 8, STRATEGIES[name], "bf16")
@@ -71,8 +71,8 @@ def deepspeed_estimator() -> Iterator[Point]:
 
 
 def selective_recompute() -> Iterator[Point]:
-    """Korthikanti et al. 2022, figure 1: activations of the first pipeline stage with sequence parallelism and attention
-    recomputed, which leaves 34 bytes x tokens x D a block. Ours: a bert block in 16 bits with dropout, no mask."""
+    """Korthikanti et al. 2022, figure 1: activations of the first pipeline stage, with sequence parallelism and
+    attention recomputed, which leaves 34 bytes x tokens x D a block. Ours: a bert block in 16 bits with dropout, no mask."""
     rows = (  # name, layers, hidden, heads, micro-batch, GiB, share of layers in flight by interleaved pipelining
         ("22B", 48, 6144, 64, 4, 9.5625, 1.0),
         ("175B", 96, 12288, 96, 1, 12.3515625, 1 + 7 / 24),

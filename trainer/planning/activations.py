@@ -2,11 +2,11 @@
 Weights, gradients and optimizer state are `memory`'s; kernels that fuse (torch.compile, Liger's norms) keep less.
 
 The count follows Korthikanti et al. 2022 (arXiv:2205.05198, section 4.1: 34 bytes x tokens x D a block in 16 bits with
-dropout, plus 5 a T T b for attention). It differs where our blocks do: SDPA and flash kernels keep Q, K, V, their output
-and one log-sum-exp a head and token instead of T x T; a mask that keeps packed documents apart is kept by each block as
-an additive copy, B x T x T (not for flex and flash attention); gelu_new is written in elementary operations and keeps
-five tensors of size F; RMSNorm keeps its input twice; autocast keeps fp32 residuals, and a 16-bit copy of a tensor for
-each matrix product that reads it.
+dropout, plus 5 a T T b for attention). It differs where our blocks do: SDPA and flash kernels keep Q, K, V, their
+output and one log-sum-exp a head and token instead of T x T; a mask that keeps packed documents apart is kept by each
+block as an additive copy, B x T x T (not for flex and flash attention); gelu_new is written in elementary operations
+and keeps five tensors of size F; RMSNorm keeps its input twice; autocast keeps fp32 residuals, and a 16-bit copy of a
+tensor for each matrix product that reads it.
 
 Shapes: B rows, T tokens in a row, M = B * T tokens, N target tokens, D hidden size, F inner size, V vocabulary.
 """
@@ -37,7 +37,7 @@ class Numerics:
 
     @staticmethod
     def of(precision: Precision, autocast: bool, cuda: bool) -> "Numerics":
-        """`autocast`: 16-bit products over fp32 parameters (ddp, fsdp2). Else parameters are in that type (DeepSpeed)."""
+        """`autocast`: 16-bit products over fp32 parameters (ddp, fsdp2); else parameters have that type (DeepSpeed)."""
         half = precision not in ("fp32", "tf32")
         small = 2 if half else 4
         return Numerics(
@@ -79,7 +79,7 @@ class Activations:
 
     blocks: float  # kept by the blocks, or their inputs alone under checkpointing
     ends: float  # embeddings, last norm, rotary tables, masks
-    head: float  # the head's inputs, at target tokens or at all
+    head: float  # inputs of the head at target tokens, and of a loss on hidden states
     logits: float  # log-probabilities, fp32
     logits_forward: float  # more of their size while the loss is computed
     logits_backward: float  # more of their size while it is differentiated
@@ -101,8 +101,10 @@ class Activations:
 _PART_ELEMENTS = 2**26
 
 
-def activations(shape: Shape, numerics: Numerics, batch: MicroBatch, distilling: bool = False) -> Activations:
-    """Bytes of one micro-batch; `distilling`: of a student and its three losses."""
+def activations(
+    shape: Shape, numerics: Numerics, batch: MicroBatch, distilling: bool = False, hidden_loss: bool = False
+) -> Activations:
+    """Bytes of one micro-batch; `distilling`: of a student, with or without the loss on hidden states."""
     block = block_bytes(shape, numerics, batch)
     inputs = batch.tokens * shape.hidden * numerics.stream
     blocks = shape.layers * inputs if batch.checkpointing else shape.layers * block
@@ -113,7 +115,7 @@ def activations(shape: Shape, numerics: Numerics, batch: MicroBatch, distilling:
     return Activations(
         blocks=blocks,
         ends=ends,
-        head=_head(shape, numerics, batch),
+        head=_head(shape, numerics, batch) + (8.0 * batch.tokens * shape.hidden if hidden_loss else 0.0),
         logits=logits,
         logits_forward=forward,
         logits_backward=backward,
@@ -157,16 +159,15 @@ def _layer_norm(shape: Shape, numerics: Numerics, tokens: int) -> float:
 def _attention(shape: Shape, numerics: Numerics, batch: MicroBatch) -> float:
     """Q, K, V, output and log-sum-exp of a fused kernel; elementary operations keep the scores too."""
     M, Q, K = batch.tokens, shape.queries, shape.keys
-    grouped = K != Q and batch.mask_elements > 0  # with a mask, transformers repeats keys and values for each query head
+    grouped = K != Q and batch.mask_elements > 0  # with a mask, transformers repeats keys and values for each query
     products = Q + 2 * (Q if grouped else K)
     if shape.architecture == "modernbert":
         products += 2 * Q  # rotated Q and K are new; V, a view, holds on to the fused product of all three
-    kept = M * (products + Q) * numerics.matrix
     if numerics.kept_scores and shape.attention_dropout > 0:
-        # Q and K scaled (new), probabilities, dropout's noise and the dropped probabilities; V as above
+        # In fp32: Q and K scaled, V, the probabilities, dropout's noise and the dropped probabilities.
         scores = batch.rows * shape.heads * batch.length**2
-        return kept + scores * 3 * numerics.matrix
-    return kept + M * 4 * shape.heads + batch.mask_elements * numerics.matrix
+        return 4 * (M * products + 3 * scores) + M * Q * numerics.matrix
+    return M * (products + Q) * numerics.matrix + M * 4 * shape.heads + batch.mask_elements * numerics.matrix
 
 
 def _feed_forward(shape: Shape, numerics: Numerics, tokens: int) -> float:
@@ -212,7 +213,7 @@ def _head(shape: Shape, numerics: Numerics, batch: MicroBatch) -> float:
     whole = N * _INDEX
     if batch.cross_entropy == "chunked":  # the parts' inputs, and one part's insides
         whole += N * D * numerics.stream
-        N = min(N, _PART_ELEMENTS // shape.vocabulary)
+        N = _last_part(shape, batch)
     if shape.family.causal:
         return whole + _read(numerics, N * D, 1)
     inside = N * D * (numerics.matrix + numerics.odd_norm) + N * _STATISTICS  # of the activation, of the norm
@@ -224,16 +225,25 @@ def _logits(shape: Shape, numerics: Numerics, batch: MicroBatch, distilling: boo
 
     Cross entropy: the logits, and their fp32 copy where they are in 16 bits, before; the gradients of log-probabilities
     and of logits together after. Distillation keeps three of that size (student's log-probabilities of the soft and the
-    hard loss, teacher's probabilities), with two more of the teacher's and a difference beside them for a while.
+    hard loss, teacher's probabilities); while it is computed both models' logits, the teacher's log-probabilities,
+    their difference and its product stand beside two of them.
     """
-    elements = batch.targets * shape.vocabulary
     targets = batch.targets * _INDEX
     if batch.cross_entropy == "liger":  # gradients are made in the forward pass: of the hidden states, of the matrix
         gradients = numerics.matrix * shape.hidden * (batch.targets + shape.vocabulary)
         return targets + gradients, 0.0, 0.0
-    if batch.cross_entropy == "chunked":
-        elements = min(elements, _PART_ELEMENTS)
-    raw = elements * (numerics.matrix + (4 if numerics.matrix < 4 else 0))
-    if distilling:
-        return targets + 12.0 * elements, raw + 12.0 * elements, 12.0 * elements
-    return targets + 4.0 * elements, float(raw), 8.0 * elements
+    kept, forward, backward = (12.0, 2 * numerics.matrix + 8.0, 12.0) if distilling else (4.0, 4.0, 8.0)
+    if not distilling and numerics.matrix < 4:
+        forward += numerics.matrix
+    elements = float(batch.targets * shape.vocabulary)
+    if batch.cross_entropy == "full":
+        return targets + kept * elements, forward * elements, backward * elements
+    part, last = float(min(elements, _PART_ELEMENTS)), float(_last_part(shape, batch) * shape.vocabulary)
+    # The last part's are kept. A part before it is made anew in the backward pass, when the last's are gone.
+    return targets + kept * last, (kept + forward) * part - kept * last, (kept + backward) * part - kept * last
+
+
+def _last_part(shape: Shape, batch: MicroBatch) -> int:
+    """Targets in the last part under `chunked`."""
+    part = max(1, _PART_ELEMENTS // shape.vocabulary)
+    return batch.targets % part or min(part, batch.targets)

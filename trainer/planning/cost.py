@@ -42,7 +42,9 @@ class Traffic:
     seconds: float
 
 
-def traffic(parameters: float, gpus: int, strategy: Strategy, precision: Precision, accumulation: int, gpu: Gpu) -> Traffic:
+def traffic(
+    parameters: float, gpus: int, strategy: Strategy, precision: Precision, accumulation: int, gpu: Gpu
+) -> Traffic:
     """Ring collectives (ZeRO, arXiv:1910.02054, section 7): an all-gather or a reduce-scatter of S bytes moves
     S (n - 1) / n past each of n GPUs, an all-reduce twice that.
 

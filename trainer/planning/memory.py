@@ -8,12 +8,13 @@ gradients and weights by the number of GPUs. ddp, fsdp2 and zero0 train fp32 par
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from trainer.errors import UserError
-from trainer.planning.activations import Activations, MicroBatch, Numerics, Precision, activations
+from trainer.planning.activations import MicroBatch, Numerics, Precision, activations
+from trainer.planning.case import Case
 from trainer.planning.shapes import Shape
 
 DEEPSPEED_CONFIGS = Path(__file__).resolve().parents[2] / "deepspeed_configs"
@@ -178,31 +179,16 @@ class Footprint:
         return self.states.total + sum(parts)
 
 
-@dataclass(frozen=True)
-class TrainingCase:
-    """What of a stage decides about memory."""
-
-    shape: Shape
-    precision: Precision
-    optimizer: str
-    batch: MicroBatch
-    teacher: Shape | None = None
-    cuda: bool = True
-
-    def with_rows(self, rows: int) -> "TrainingCase":
-        """The same with another micro-batch."""
-        targets = round(self.batch.targets * rows / self.batch.rows)
-        return replace(self, batch=replace(self.batch, rows=rows, targets=targets))
-
-
-def footprint(training: TrainingCase, gpus: int, strategy: Strategy) -> Footprint:
+def footprint(case: Case, gpus: int, strategy: Strategy) -> Footprint:
     """The peak of one GPU: the largest of the moments forward end, loss, block backward, update, teacher's forward."""
-    shape, precision, batch = training.shape, training.precision, training.batch
-    numerics = Numerics.of(precision, strategy.autocast(precision), training.cuda)
-    held = activations(shape, numerics, batch, distilling=training.teacher is not None)
-    fixed = states(shape.parameters().total, gpus, strategy, precision, training.optimizer)
-    casts, casts_after = weight_copies(shape, numerics, batch)
-    teacher_weights = _teacher_weights(training.teacher, numerics)
+    shape, precision, batch = case.shape, case.precision, case.batch
+    numerics = Numerics.of(precision, strategy.autocast(precision), case.cuda)
+    held = activations(shape, numerics, batch, case.teacher is not None, case.hidden_loss)
+    counts = shape.parameters()
+    fixed = states(counts.total, gpus, strategy, precision, case.optimizer)
+    copies = kept_weight_copies(shape, numerics, batch)
+    of_blocks = numerics.matrix * counts.block_matrices if numerics.casts and batch.checkpointing else 0.0
+    teacher_weights = _teacher_weights(case.teacher, numerics)
     extra = buffers(shape, gpus, strategy, precision)
 
     def moment(
@@ -215,22 +201,29 @@ def footprint(training: TrainingCase, gpus: int, strategy: Strategy) -> Footprin
         return Footprint(fixed, extra, casts, activation, logits, update, teacher_weights, name)
 
     inside = held.kept - held.logits
-    weight_gradient = _output_gradient(shape, numerics, batch)
+    matrix_gradient = _output_gradient(shape, numerics, batch)
+    # The embedding's gradient waits for both of its uses, the first and the last step of the backward pass.
+    waiting = counts.embedding * (4.0 if numerics.casts else numerics.matrix) if shape.tied else 0.0
     moments = [
-        moment("forward", inside, held.logits + held.logits_forward, casts),
-        moment("loss", inside, held.logits + max(held.logits_backward, weight_gradient), casts_after),
-        moment("backward", inside - held.head + held.window + held.block_gradients, 0.0, casts_after),
+        # autocast lets go of its copies at the end of the forward pass; a recomputed block makes its own anew
+        moment("forward", inside, held.logits + held.logits_forward, copies + of_blocks),
+        moment("loss", inside, held.logits + max(held.logits_backward, matrix_gradient), copies),
+        moment(
+            "backward",
+            inside - held.head + held.window + held.block_gradients + waiting,
+            casts=copies + of_blocks / shape.layers,
+        ),
         moment("update", 0.0, update=fixed.update),
-        moment("teacher", _teacher_forward(training, numerics)),
+        moment("teacher", _teacher_forward(case, numerics)),
     ]
     return max(moments, key=lambda one: one.total)
 
 
-def largest_micro_batch(training: TrainingCase, gpus: int, strategy: Strategy, usable_bytes: float) -> int:
+def largest_micro_batch(case: Case, gpus: int, strategy: Strategy, usable_bytes: float) -> int:
     """Most rows of a micro-batch that fit; 0 if not even one does."""
 
     def fits(rows: int) -> bool:
-        return footprint(training.with_rows(rows), gpus, strategy).total <= usable_bytes
+        return footprint(case.with_rows(rows), gpus, strategy).total <= usable_bytes
 
     if not fits(1):
         return 0
@@ -243,28 +236,23 @@ def largest_micro_batch(training: TrainingCase, gpus: int, strategy: Strategy, u
     return low
 
 
-def weight_copies(shape: Shape, numerics: Numerics, batch: MicroBatch) -> tuple[float, float]:
-    """Autocast's copies of weights: at the end of the forward pass, and in the backward pass.
-
-    Autograd holds those that it multiplies with again; under checkpointing these are made anew, block by block.
-    """
-    if not numerics.casts:
-        return 0.0, 0.0
+def kept_weight_copies(shape: Shape, numerics: Numerics, batch: MicroBatch) -> float:
+    """Autocast's 16-bit copies of weights that autograd holds, to multiply with them again in the backward pass."""
     counts = shape.parameters()
-    total = float(numerics.matrix * counts.cast)
-    if not batch.checkpointing:
-        return total, total
-    return total, total - numerics.matrix * (counts.block_matrices - counts.block_matrices / shape.layers)
+    kept = counts.cast - (counts.block_matrices if batch.checkpointing else 0)
+    return float(numerics.matrix * kept) if numerics.casts else 0.0
 
 
 def _output_gradient(shape: Shape, numerics: Numerics, batch: MicroBatch) -> float:
     """While the output matrix is differentiated: its new gradient beside the old one, less the log-probabilities that
-    are gone by then."""
-    matrix = shape.vocabulary * shape.hidden
-    gradient = matrix * ((numerics.matrix + 4) if numerics.casts else numerics.matrix)
-    logits = batch.targets * shape.vocabulary
-    gone = logits * (4 - numerics.matrix) if batch.cross_entropy == "full" else 0
-    return float(gradient - gone)
+    are gone by then. Parts add theirs up, so that two are there at once."""
+    matrix = float(shape.vocabulary * shape.hidden)
+    if numerics.casts:
+        gradient = matrix * (numerics.matrix + 4)
+    else:
+        gradient = matrix * numerics.matrix * (2 if batch.cross_entropy == "chunked" else 1)
+    gone = batch.targets * shape.vocabulary * (4 - numerics.matrix) if batch.cross_entropy == "full" else 0
+    return gradient - gone
 
 
 def _teacher_weights(teacher: Shape | None, numerics: Numerics) -> float:
@@ -274,9 +262,9 @@ def _teacher_weights(teacher: Shape | None, numerics: Numerics) -> float:
     return teacher.parameters().total * (4.0 if numerics.casts else float(numerics.matrix))
 
 
-def _teacher_forward(training: TrainingCase, numerics: Numerics) -> float:
+def _teacher_forward(case: Case, numerics: Numerics) -> float:
     """A forward pass without gradients: causal models hand out the hidden states of all blocks."""
-    teacher, batch = training.teacher, training.batch
+    teacher, batch = case.teacher, case.batch
     if teacher is None:
         return 0.0
     states = teacher.layers + 1 if teacher.family.causal else 3

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from tokenizers import Tokenizer, models
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from trainer.config import MaskedLM, Recipe
@@ -27,8 +27,9 @@ from trainer.errors import UserError
 from trainer.models import LanguageModel, build, decay_groups, load_tokenizer
 from trainer.objectives.language_model import language_model
 from trainer.planning.activations import Numerics, activations
-from trainer.planning.memory import TrainingCase, footprint, standard_strategies, weight_copies
-from trainer.planning.workload import Workload
+from trainer.planning.case import plain_case
+from trainer.planning.memory import footprint, kept_weight_copies, standard_strategies
+from trainer.planning.workload import Workload, workloads
 from trainer.session import framing_for
 
 _MICRO_STEPS = 2  # from the second on, gradients of all parameters are there beside the activations
@@ -45,27 +46,28 @@ class Measured:
     peak: int
 
 
-def probe(recipe: Recipe, workload: Workload, case: TrainingCase) -> dict[str, Any]:
-    """Parts predicted for `case` on one process, and measured, with the error of the prediction."""
-    assert recipe.pretrain is not None
-    device = torch.device("cuda" if case.cuda else "cpu")
+def probe(recipe: Recipe) -> dict[str, Any]:
+    """Parts of the pretrain stage's memory, predicted for one process and measured, with the prediction's error."""
+    if recipe.pretrain is None:
+        raise UserError("--probe: the recipe has no `pretrain` section", "one whose model can be built and run")
+    workload = next(workload for workload in workloads(recipe) if workload.stage == "pretrain")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    case = plain_case(workload, cuda=device.type == "cuda")
     measured = measure(recipe, workload, device)
     strategy = standard_strategies()[0]  # ddp
     peak = footprint(case, 1, strategy)
     numerics = Numerics.of(case.precision, strategy.autocast(case.precision), case.cuda)
-    saved = activations(case.shape, numerics, case.batch).saved
-    saved += weight_copies(case.shape, numerics, case.batch)[1 if case.batch.checkpointing else 0]
+    held = activations(case.shape, numerics, case.batch)
     pairs = {
         "weights": (peak.states.weights, measured.weights),
         "gradients": (peak.states.gradients, measured.gradients),
         "optimizer state": (peak.states.moments, measured.optimizer),
-        "activations kept by autograd": (saved, measured.saved),
+        "activations": (held.saved + kept_weight_copies(case.shape, numerics, case.batch), measured.saved),
         "peak": (peak.total, measured.peak),
     }
     return {
-        "stage": workload.stage,
         "device": torch.cuda.get_device_name(device) if case.cuda else "CPU",
-        "what": f"{case.batch.rows} rows of {case.batch.length} tokens, {case.precision}",
+        "what": f"{case.batch.rows} rows of {case.batch.length} tokens, {case.precision}, sdpa, all logits at once",
         "parts": [
             {"part": part, "predicted_bytes": predicted, "measured_bytes": real, "error": predicted / real - 1}
             for part, (predicted, real) in pairs.items()
@@ -131,8 +133,8 @@ def _peak_bytes(step: Any, device: torch.device, at_rest: int) -> int:
         return torch.cuda.max_memory_allocated(device)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         step()
-    assert profile.profiler is not None
-    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    recorded: Any = profile.profiler
+    events = [event for event in recorded.kineto_results.events() if event.name() == "[memory]"]
     changes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
     return at_rest + int(np.cumsum(changes).max())
 

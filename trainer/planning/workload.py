@@ -139,8 +139,8 @@ def _vocabulary(recipe: Recipe) -> tuple[int, int | None, tuple[str, ...]]:
         return (*_tokenizer_json(prepared), ())
     if recipe.prepare is None:
         raise UserError(
-            "the size of the vocabulary is not known: the recipe has no `prepare` section, and no tokenizer is prepared",
-            "a tokenizer",
+            "the size of the vocabulary is not known: the recipe has no `prepare` section",
+            "a tokenizer, prepared or described",
             "set pretrain.model.config.vocab_size",
         )
     tokenizer = recipe.prepare.tokenizer
