@@ -16,9 +16,10 @@ from rich.console import Console
 from rich.table import Table
 
 from trainer.planning.activations import MicroBatch, Numerics, block_bytes
+from trainer.planning.case import Case
 from trainer.planning.cost import computed_flops_per_token, flops_per_token
 from trainer.planning.hardware import GPUS
-from trainer.planning.memory import Strategy, TrainingCase, largest_micro_batch, standard_strategies, states
+from trainer.planning.memory import Strategy, largest_micro_batch, standard_strategies, states
 from trainer.planning.shapes import Shape, shape_of
 
 RESULT = Path(__file__).parent / "results" / "plan_against_published.json"
@@ -72,7 +73,7 @@ def deepspeed_estimator() -> Iterator[Point]:
 
 def selective_recompute() -> Iterator[Point]:
     """Korthikanti et al. 2022, figure 1: activations of the first pipeline stage, with sequence parallelism and
-    attention recomputed, which leaves 34 bytes x tokens x D a block. Ours: a bert block in 16 bits with dropout, no mask."""
+    attention recomputed, which leaves 34 bytes x tokens x D a block. Ours: a bert block in 16 bits."""
     rows = (  # name, layers, hidden, heads, micro-batch, GiB, share of layers in flight by interleaved pipelining
         ("22B", 48, 6144, 64, 4, 9.5625, 1.0),
         ("175B", 96, 12288, 96, 1, 12.3515625, 1 + 7 / 24),
@@ -221,7 +222,7 @@ def micro_batches() -> list[Ran]:
         sizes = {"n_layer": layers, "n_embd": hidden, "n_head": heads, "vocab_size": 50368, "n_positions": length}
         shape, _ = shape_of("gpt2", sizes | plain)
         batch = MicroBatch(1, length, length, isolated=False, checkpointing=checkpointing)
-        case = TrainingCase(shape, "bf16", "adamw", batch)
+        case = Case(shape, "bf16", "adamw", batch, global_rows=1)
         largest = largest_micro_batch(case, gpus, strategy, GPUS[gpu].usable_bytes)
         found.append(Ran(f"MPT-{name}, {gpus} x {gpu}, T {length}" + ", AC" * checkpointing, rows, largest))
     return found

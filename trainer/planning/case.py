@@ -21,9 +21,14 @@ class Case:
     precision: Precision
     optimizer: str
     batch: MicroBatch
+    global_rows: int
     teacher: Shape | None = None
     hidden_loss: bool = False  # distillation: teacher's and student's hidden states are compared
     cuda: bool = True
+
+    def accumulation(self, gpus: int) -> int:
+        """Micro-batches of one GPU in a step."""
+        return max(1, self.global_rows // (self.batch.rows * gpus))
 
     def with_rows(self, rows: int) -> "Case":
         """The same with another micro-batch size."""
@@ -63,8 +68,16 @@ def plain_case(workload: Workload, cuda: bool) -> Case:
         checkpointing=training.gradient_checkpointing,
     )
     hidden_loss = isinstance(training, Distill) and training.weights.hidden > 0
-    optimizer = training.optim.name
-    return Case(workload.shape, training.precision, optimizer, batch, workload.teacher, hidden_loss, cuda)
+    return Case(
+        shape=workload.shape,
+        precision=training.precision,
+        optimizer=training.optim.name,
+        batch=batch,
+        global_rows=training.global_batch_size,
+        teacher=workload.teacher,
+        hidden_loss=hidden_loss,
+        cuda=cuda,
+    )
 
 
 def _cross_entropy(workload: Workload, batch: MicroBatch, gpu: Gpu) -> tuple[CrossEntropy, tuple[str, ...]]:

@@ -49,16 +49,17 @@ def traffic(
     S (n - 1) / n past each of n GPUs, an all-reduce twice that.
 
     ddp and stage 1 exchange gradients once a step; stage 2 reduces them, and stage 3 gathers weights twice and reduces
-    gradients, in every micro-batch. ZeRO++ (arXiv:2306.10209): weights in 8 bits, gathered inside a node for the
-    backward pass, gradients in 4 bits.
+    gradients, in every micro-batch; fsdp2 gathers in every one, and reduces, in fp32, in the last. ZeRO++
+    (arXiv:2306.10209): weights in 8 bits, gathered inside a node for the backward pass, gradients in 4 bits.
     """
-    half = precision not in ("fp32", "tf32") and not strategy.autocast(precision)
-    psi = parameters * (2 if half else 4)
+    psi = parameters * strategy.gathered_bytes(precision)
     weights = psi * (0.5 if strategy.quantized_weights else 1.0)
-    gradients = psi * (0.25 if strategy.quantized_gradients else 1.0)
+    gradients = parameters * strategy.stored_bytes(precision) * (0.25 if strategy.quantized_gradients else 1.0)
     inside = 0.0
     if strategy.stage < 2:
         around = gradients + weights  # stage 0: the two halves of an all-reduce
+    elif strategy.fsdp:
+        around = accumulation * 2 * weights + gradients
     elif strategy.stage == 2:
         around = accumulation * gradients + weights
     elif strategy.secondary_partition > 1:

@@ -3,21 +3,20 @@ How many of each kind of parameter and activation there are is `shapes`' and `ac
 
 States follow ZeRO (Rajbhandari et al. 2019, arXiv:1910.02054, section 3): with 16-bit weights and gradients and fp32
 master weights and two moments, (2 + 2 + K) bytes a parameter, K = 12; stages 1, 2 and 3 divide optimizer state,
-gradients and weights by the number of GPUs. ddp, fsdp2 and zero0 train fp32 parameters under autocast: 4 + 4 + 8.
+gradients and weights by the number of GPUs. ddp and zero0 train fp32 parameters under autocast, fsdp2 gathers its fp32
+shards in 16 bits: 4 + 4 + 8 bytes for both.
 """
 
-import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from trainer.errors import UserError
+from trainer.engine.zero import load_zero
 from trainer.planning.activations import MicroBatch, Numerics, Precision, activations
 from trainer.planning.case import Case
 from trainer.planning.shapes import Shape
 
-DEEPSPEED_CONFIGS = Path(__file__).resolve().parents[2] / "deepspeed_configs"
 _MOMENTS = {"adamw": 2, "lamb": 2, "lion": 1}  # fp32 values that an optimizer keeps for a parameter
 
 # DeepSpeed's defaults (runtime/zero/config.py), in elements.
@@ -42,10 +41,27 @@ class Strategy:
     secondary_partition: int = 1  # ZeRO++ hpZ: GPUs that share a second copy of the weights
     quantized_weights: bool = False  # ZeRO++ qwZ
     quantized_gradients: bool = False  # ZeRO++ qgZ
+    torch_autocast: bool = False  # DeepSpeed's section of that name instead of bf16 or fp16
+
+    @property
+    def fsdp(self) -> bool:
+        return self.stage == 3 and not self.deepspeed
 
     def autocast(self, precision: Precision) -> bool:
-        """Whether parameters stay fp32 and autocast makes the 16 bits."""
-        return precision not in ("fp32", "tf32") and not (self.deepspeed and self.stage > 0)
+        """Whether whole parameters are fp32 and autocast makes the 16 bits."""
+        return _is_half(precision) and (self.stage == 0 or self.torch_autocast)
+
+    def stored_bytes(self, precision: Precision) -> int:
+        """Of a parameter and of a gradient as the optimizer's step finds them."""
+        return 2 if _is_half(precision) and not self.fsdp and not self.autocast(precision) else 4
+
+    def gathered_bytes(self, precision: Precision) -> int:
+        """Of a parameter as a forward pass finds it."""
+        return 2 if _is_half(precision) and not self.autocast(precision) else 4
+
+
+def _is_half(precision: Precision) -> bool:
+    return precision not in ("fp32", "tf32")
 
 
 def standard_strategies() -> list[Strategy]:
@@ -65,16 +81,9 @@ def standard_strategies() -> list[Strategy]:
 
 def strategy_of(zero: str) -> Strategy:
     """What a DeepSpeed JSON says: a name in deepspeed_configs/ or a path."""
-    path = Path(zero) if Path(zero).is_file() else DEEPSPEED_CONFIGS / f"{zero}.json"
-    if not path.is_file():
-        raise UserError(
-            f"engine.zero: no DeepSpeed config {zero!r}", "a name in deepspeed_configs/ or the path of a JSON"
-        )
-    try:
-        section = json.loads(path.read_text(encoding="utf-8")).get("zero_optimization", {})
-    except (json.JSONDecodeError, AttributeError) as error:
-        raise UserError(f"{path}: {error}", "a DeepSpeed JSON") from None
-    return _from_section(Path(zero).stem, section)
+    tree = load_zero(zero)
+    autocast = (tree.get("torch_autocast") or {}).get("enabled") in (True, "auto")
+    return replace(_from_section(Path(zero).stem, tree.get("zero_optimization") or {}), torch_autocast=autocast)
 
 
 def _from_section(name: str, section: Mapping[str, Any]) -> Strategy:
@@ -118,17 +127,27 @@ class States:
         return self.weights + self.gradients + self.master + self.moments
 
 
-def states(parameters: float, gpus: int, strategy: Strategy, precision: Precision, optimizer: str = "adamw") -> States:
+def states(
+    parameters: float,
+    gpus: int,
+    strategy: Strategy,
+    precision: Precision,
+    optimizer: str = "adamw",
+    accumulation: int = 1,
+) -> States:
     """Weights, gradients, master weights and optimizer state of `parameters` on one of `gpus`."""
-    half = precision not in ("fp32", "tf32") and not strategy.autocast(precision)
-    size = 2 if half else 4
+    size = strategy.stored_bytes(precision)
     shard = parameters / gpus
     # DeepSpeed's sharded optimizers keep an fp32 copy of their shard whatever the parameters are in.
     master = 4.0 * shard if strategy.deepspeed and strategy.stage > 0 else 0.0
     moments = 4.0 * _MOMENTS[optimizer] * (shard if strategy.stage > 0 else parameters)
     weights = size * (shard if strategy.stage == 3 else parameters)
     gradients = size * (shard if strategy.stage >= 2 else parameters)
-    update = 4.0 * min(shard, strategy.sub_group if strategy.stage == 3 else shard) if half else 0.0
+    if strategy.fsdp and accumulation > 1 and gpus > 1:
+        gradients += (
+            size * parameters
+        )  # the engine reduces gradients at the last micro-batch: until then they are whole
+    update = 4.0 * min(shard, strategy.sub_group if strategy.stage == 3 else shard) if size == 2 else 0.0
     away = {"cpu": 0.0, "nvme": 0.0, "none": 0.0}
     if strategy.offload_optimizer != "none":
         away[strategy.offload_optimizer] += master + moments + 4.0 * shard  # fp32 gradients of the shard go along
@@ -143,15 +162,15 @@ def states(parameters: float, gpus: int, strategy: Strategy, precision: Precisio
 
 def buffers(shape: Shape, gpus: int, strategy: Strategy, precision: Precision) -> float:
     """What collectives need beside the states: gradient buckets, and weights gathered for use."""
-    if gpus == 1 and strategy.offload_parameters == "none" and not strategy.deepspeed:
+    if gpus == 1 and not strategy.deepspeed:
         return 0.0
     counts = shape.parameters()
-    size = 4 if precision in ("fp32", "tf32") or strategy.autocast(precision) else 2
-    if strategy.name == "fsdp2":
-        # The block at work and the one fetched ahead; its gradients, and the copy that is reduced (torch's FSDP2). What
-        # is outside the blocks stays gathered from forward to backward.
+    size = strategy.gathered_bytes(precision)
+    if strategy.fsdp:
+        # The block at work and the one fetched ahead; a block's gradients, and the fp32 copy that is reduced (torch's
+        # FSDP2). What is outside the blocks stays gathered from forward to backward.
         outside = counts.total - counts.block_matrices - counts.block_norms
-        return size * (4.0 * counts.largest_block + outside)
+        return counts.largest_block * (3.0 * size + 4.0) + size * outside
     if strategy.stage == 0:
         return 0.0  # gradients are views of DDP's buckets
     bucket = float(shape.hidden**2 if strategy.reduce_bucket is None else strategy.reduce_bucket)
@@ -185,10 +204,10 @@ def footprint(case: Case, gpus: int, strategy: Strategy) -> Footprint:
     numerics = Numerics.of(precision, strategy.autocast(precision), case.cuda)
     held = activations(shape, numerics, batch, case.teacher is not None, case.hidden_loss)
     counts = shape.parameters()
-    fixed = states(counts.total, gpus, strategy, precision, case.optimizer)
+    fixed = states(counts.total, gpus, strategy, precision, case.optimizer, case.accumulation(gpus))
     copies = kept_weight_copies(shape, numerics, batch)
     of_blocks = numerics.matrix * counts.block_matrices if numerics.casts and batch.checkpointing else 0.0
-    teacher_weights = _teacher_weights(case.teacher, numerics)
+    teacher_weights = _teacher_weights(case.teacher)
     extra = buffers(shape, gpus, strategy, precision)
 
     def moment(
@@ -255,11 +274,9 @@ def _output_gradient(shape: Shape, numerics: Numerics, batch: MicroBatch) -> flo
     return gradient - gone
 
 
-def _teacher_weights(teacher: Shape | None, numerics: Numerics) -> float:
-    """The frozen teacher, whole on every GPU, in the type of the student's parameters."""
-    if teacher is None:
-        return 0.0
-    return teacher.parameters().total * (4.0 if numerics.casts else float(numerics.matrix))
+def _teacher_weights(teacher: Shape | None) -> float:
+    """The frozen teacher, whole and in fp32 on every GPU."""
+    return 4.0 * teacher.parameters().total if teacher is not None else 0.0
 
 
 def _teacher_forward(case: Case, numerics: Numerics) -> float:

@@ -85,7 +85,10 @@ def measure(recipe: Recipe, workload: Workload, device: torch.device) -> Measure
     if stage.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     module = LanguageModel(model).to(device).train()
-    optimizer = build_optimizer(stage.optim, decay_groups(module, stage.optim.weight_decay), lambda text: None)
+    groups = decay_groups(module, stage.optim.weight_decay)
+    optimizer = build_optimizer(
+        stage.optim, groups, lambda text: None, device_type=device.type, offload=False, sharded=False
+    )
     batches = [batch.to(device) for batch in _batches(recipe, workload, tokenizer)]
     autocast = _autocast(stage.precision, device)
 
