@@ -4,8 +4,10 @@ Every verb's work is in its own module; here are only arguments, exit codes and 
 import argparse
 import importlib
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 from trainer.engine.launch import ensure_ranks, leave
 from trainer.errors import EXIT_INTERRUPTED, Preempted, UserError
@@ -17,10 +19,23 @@ class Verb:
     module: str
     does: str
     takes_recipe: bool = True
+    flags: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # option -> what argparse is told about it
 
 
+GPU_NAMES = ("a100-40", "a100-80", "h100", "h200", "b200", "l40s", "rtx4090", "v100")  # planning.hardware's
 VERBS = {
     "run": Verb("trainer.chain", "run the whole chain of a recipe, skipping stages that are up to date"),
+    "plan": Verb(
+        "trainer.plan",
+        "memory a GPU, time and communication of each training stage, before anything runs",
+        flags={
+            "--gpus": {"type": int, "default": 1, "metavar": "N", "help": "GPUs in all, eight a node (default 1)"},
+            "--gpu": {"choices": GPU_NAMES, "default": "h100", "help": "type of GPU (default h100)"},
+            "--mfu": {"type": float, "default": 0.4, "help": "share of the peak that is reached (default 0.4)"},
+            "--probe": {"action": "store_true", "help": "run a step here on random tokens, and compare"},
+            "--json": {"type": Path, "metavar": "FILE", "help": "write the numbers to FILE too"},
+        },
+    ),
     "prepare": Verb("trainer.prepare", "raw text to tokenizer and token shards"),
     "pretrain": Verb("trainer.pretrain", "token shards to a language model"),
     "distill": Verb("trainer.distill", "a large model to a small one"),
@@ -44,7 +59,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(dump_recipe(recipe), end="")
             print(f"# would: {verb.does}; run folder {recipe.run_dir}")
         else:
-            importlib.import_module(verb.module).run(load_recipe(arguments.recipe, arguments.overrides))
+            flags = {name: getattr(arguments, name) for name in (flag.lstrip("-") for flag in verb.flags)}
+            importlib.import_module(verb.module).run(load_recipe(arguments.recipe, arguments.overrides), **flags)
     except UserError as error:
         print(f"lmworks {arguments.verb}: {error}", file=sys.stderr)
         return error.exit_code
@@ -74,6 +90,8 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument(
                 "--dry-run", action="store_true", help="print the resolved recipe and what would happen"
             )
+            for flag, told in verb.flags.items():
+                command.add_argument(flag, **told)
     return parser
 
 
