@@ -45,8 +45,12 @@ FLOORS = (
     ("trainer/engine/optim.py", "trainer/engine/zero.py", "trainer/engine/strategy.py"),
     ("trainer/engine/replicated.py", "trainer/engine/fsdp2.py", "trainer/engine/zero_strategy.py"),
     ("trainer/engine/engine.py",),
-    ("trainer/engine/metrics.py", "trainer/engine/checkpoint.py", "trainer/engine/trouble.py",
-     "trainer/engine/consolidate.py"),
+    (
+        "trainer/engine/metrics.py",
+        "trainer/engine/checkpoint.py",
+        "trainer/engine/trouble.py",
+        "trainer/engine/consolidate.py",
+    ),
     ("trainer/engine/loop.py",),
     ("trainer/session.py",),
 )

@@ -20,6 +20,7 @@ class Verb:
     does: str
     takes_recipe: bool = True
     flags: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # option -> what argparse is told about it
+    what: tuple[str, ...] = ()  # a word before the recipe, one of these
 
 
 GPU_NAMES = ("a100-40", "a100-80", "h100", "h200", "b200", "l40s", "rtx4090", "v100")  # planning.hardware's
@@ -39,6 +40,11 @@ VERBS = {
     "prepare": Verb("trainer.prepare", "raw text to tokenizer and token shards"),
     "pretrain": Verb("trainer.pretrain", "token shards to a language model"),
     "distill": Verb("trainer.distill", "a large model to a small one"),
+    "verify": Verb(
+        "trainer.verify",
+        "prove on this recipe and these ranks that a resumed run equals an unbroken one, or gradients plain fp32's",
+        what=("resume", "gradients"),
+    ),
     "export": Verb("export.export", "model folders to verified ONNX"),
     "bench": Verb("export.bench", "latency, throughput, memory and quality of every backend"),
     "report": Verb("export.report", "report.html, plots and model cards from what was measured"),
@@ -59,7 +65,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(dump_recipe(recipe), end="")
             print(f"# would: {verb.does}; run folder {recipe.run_dir}")
         else:
-            flags = {name: getattr(arguments, name) for name in (flag.lstrip("-") for flag in verb.flags)}
+            names = [flag.lstrip("-") for flag in verb.flags] + ["what"] * bool(verb.what)
+            flags = {name: getattr(arguments, name) for name in names}
             importlib.import_module(verb.module).run(load_recipe(arguments.recipe, arguments.overrides), **flags)
     except UserError as error:
         print(f"lmworks {arguments.verb}: {error}", file=sys.stderr)
@@ -85,6 +92,8 @@ def _parser() -> argparse.ArgumentParser:
     for name, verb in VERBS.items():
         command = commands.add_parser(name, help=verb.does, description=verb.does)
         if verb.takes_recipe:
+            if verb.what:
+                command.add_argument("what", choices=verb.what, help="what is proven")
             command.add_argument("recipe", help="a YAML file, or the name of a recipe that ships with lmworks")
             command.add_argument("overrides", nargs="*", metavar="key=value", help="such as pretrain.max_steps=100")
             command.add_argument(

@@ -4,8 +4,7 @@
 
 PLAN is a list of attempts, done one after another. An attempt: {"ranks": N, "arguments": [lmworks arguments], and
 optionally "kill": {"file": metrics file, "delay_s": s} (SIGKILL to all ranks that long after the file first grows) or
-"stop_before_step": k (as if a signal had come there)}. With "until_done" the attempts are repeated until one is not
-killed. Prints the ranks' exit codes of each attempt as JSON.
+"stop_before_step": k (as if a signal had come there), or "fault": a name in FAULTS}. Prints the ranks' exit codes of each attempt as JSON.
 """
 
 import json
@@ -19,18 +18,49 @@ from pathlib import Path
 os.environ["DS_ACCELERATOR"] = "cpu"
 
 import torch
+from transformers import BertForMaskedLM, GPT2LMHeadModel, PreTrainedTokenizerFast  # noqa: F401 - warm
 
 import trainer.engine.loop as loop
-import trainer.engine.zero_strategy
 import trainer.pretrain
-import trainer.session  # noqa: F401 - warm
+import trainer.verify  # noqa: F401 - warm
 from trainer.__main__ import main
+from trainer.engine import fsdp2, zero_strategy
+from trainer.engine.fragments import FragmentFiles
 
 
 def free_port() -> str:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return str(probe.getsockname()[1])
+
+
+def no_all_reduce(strategy, loss, last):
+    strategy._engine.enable_backward_allreduce = False
+    zero_strategy.Zero.real_backward(strategy, loss, last)
+
+
+def lose_a_micro_batch(strategy, loss, last):
+    if last:
+        zero_strategy.Zero.real_backward(strategy, loss * 1.0, last)
+    else:
+        zero_strategy.Zero.real_backward(strategy, loss * 0.0, last)
+
+
+def no_clipping(strategy):
+    strategy._limit = float("inf")
+    return fsdp2.FullyShardedDataParallel.real_step(strategy)
+
+
+def forget_second_moments(files, fragments, keys):
+    FragmentFiles.real_restore(files, fragments, [key for key in keys if key != "exp_avg_sq"])
+
+
+FAULTS = {
+    "no_all_reduce": (zero_strategy.Zero, "backward", no_all_reduce),
+    "lost_micro_batch": (zero_strategy.Zero, "backward", lose_a_micro_batch),
+    "no_clipping": (fsdp2.FullyShardedDataParallel, "step", no_clipping),
+    "forgotten_moments": (FragmentFiles, "restore", forget_second_moments),
+}
 
 
 def be_rank(rank: int, attempt: dict, port: str) -> int:
@@ -41,6 +71,10 @@ def be_rank(rank: int, attempt: dict, port: str) -> int:
         )
         os.environ.update({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port})
     torch.set_num_threads(1)
+    if "fault" in attempt:
+        owner, name, faulty = FAULTS[attempt["fault"]]
+        setattr(owner, f"real_{name}", getattr(owner, name))
+        setattr(owner, name, faulty)
     if (stop := attempt.get("stop_before_step")) is not None:
         count = loop.count_targets
 

@@ -153,3 +153,47 @@ def test_killed_at_any_instant_it_ends_as_if_nothing_had_happened(recipe, tmp_pa
     assert rows(broken, "resume")
     ours, theirs = weights(broken), weights(unbroken)
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_verify_passes_what_is_right_and_catches_what_is_not(recipe, tmp_path):
+    """Planted: a missed all-reduce, a lost micro-batch, clipping that is off, moments that a resume forgets."""
+    path = recipe("verified", micro_batch_size=2)
+    report = load_recipe(str(path)).run_dir / "verify"
+    cases = [
+        ("resume", "zero3", None, 0),
+        ("resume", "zero2", "forgotten_moments", 1),
+        ("gradients", "zero3", None, 0),
+        ("gradients", "zero0", "no_all_reduce", 1),
+        ("gradients", "zero2", "lost_micro_batch", 1),
+        ("gradients", "fsdp2", "no_clipping", 1),
+    ]
+    attempts = [
+        {"ranks": 2, "arguments": ["verify", what, str(path), *STRATEGIES[strategy]]}
+        | ({"fault": fault} if fault else {})
+        for what, strategy, fault, _ in cases
+    ]
+    bf16 = ["pretrain.precision=bf16"]
+    attempts += [
+        {"ranks": 2, "arguments": ["verify", "gradients", str(path), *STRATEGIES[name], *bf16]}
+        for name in ("ddp", "fsdp2", "zero0", "zero1", "zero3")
+    ]
+    codes, said = run_forked(tmp_path, attempts)
+    assert codes == [[code, code] for *_, code in cases] + [[0, 0]] * 5, said[-3000:]
+    assert json.loads((report / "gradients.json").read_text())["passed"]
+    assert "differs at the end" in said and "gradient of" in said
+
+
+def test_lamb_takes_whole_tensors_under_every_strategy(recipe, tmp_path):
+    """The trust ratio is that of whole parameters, however ZeRO cut them: equal to LAMB in one process."""
+    lamb = {"optim": {"name": "lamb", "learning_rate": 5e-3}}
+    reference = recipe("reference", micro_batch_size=8, **lamb)
+    assert main(["pretrain", str(reference)]) == 0
+    paths = [recipe(name, micro_batch_size=2, **lamb) for name in STRATEGIES]
+    attempts = [
+        {"ranks": 2, "arguments": ["pretrain", str(path), *overrides]}
+        for path, overrides in zip(paths, STRATEGIES.values(), strict=True)
+    ]
+    codes, said = run_forked(tmp_path, attempts)
+    assert codes == [[0, 0]] * len(attempts), said[-3000:]
+    for path in paths:
+        assert_alike(path, reference, 2e-4)

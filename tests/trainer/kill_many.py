@@ -14,6 +14,10 @@ import signal
 import sys
 import time
 
+from transformers import BertForMaskedLM, GPT2LMHeadModel, PreTrainedTokenizerFast  # noqa: F401 - warm
+
+import trainer.distill
+import trainer.pretrain  # noqa: F401 - warm
 from trainer.__main__ import main
 
 
