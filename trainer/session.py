@@ -3,6 +3,7 @@ Pretraining and distillation differ in the model and the objective they hand in,
 
 import math
 import time
+import warnings
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -58,6 +59,8 @@ class Session:
     ) -> None:
         watch_signals()
         transformers_logging.disable_progress_bar()  # the run has one bar, its own
+        # torch's own code calls what torch 2.13 renamed, once for each collective.
+        warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
         self._began = time.perf_counter()
         self._recipe, self._stage, self._training, self._data = recipe, stage, training, data
         self._objective = objective

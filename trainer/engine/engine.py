@@ -91,7 +91,8 @@ class Engine:
         if self._zero_name:
             self.zero = self._resolved_zero(self.world, hidden_size)
             self._strategy.configure(self.zero)  # type: ignore[attr-defined]
-        self._strategy.prepare(model, build)
+        with _environment_for_deepspeed() if self.zero else contextlib.nullcontext():
+            self._strategy.prepare(model, build)
 
     def begin_step(self, step: int, learning_rate: float, seed: int) -> None:
         """Set what an optimizer step depends on: the learning rate, and dropout's randomness by (seed, step, rank)."""
