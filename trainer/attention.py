@@ -4,7 +4,6 @@ Which rows there are is the data code's business; the models and most kernels ar
 Shapes: B rows, T tokens in a row, P documents in all rows, H heads, K key heads, D size of a head.
 """
 
-import importlib.util
 from collections.abc import Callable
 from typing import Any, Literal, cast
 
@@ -14,6 +13,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from torch.nn.attention.varlen import varlen_attn
 from torch.torch_version import TorchVersion
 from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
+from transformers.utils import is_flash_attn_2_available
 
 from trainer.data.stream import Batch
 from trainer.errors import UserError
@@ -95,7 +95,7 @@ def _obstacle(
         return None
     if precision not in ("bf16", "fp16"):
         return f"it multiplies in bf16 or fp16, not in {precision}"
-    if kernel == "flash_attention_2" and importlib.util.find_spec("flash_attn") is None:
+    if kernel == "flash_attention_2" and not is_flash_attn_2_available():
         return "no package flash-attn"
     # torch 2.13's has window_size and enable_gqa, which models with sliding windows and shared key heads need.
     if kernel == "varlen" and (TorchVersion(torch.__version__) < "2.13" or torch.version.hip):

@@ -6,8 +6,10 @@ Shapes: N target tokens, C of them in one part, D hidden size, V vocabulary.
 """
 
 import importlib.util
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import psutil
@@ -25,9 +27,9 @@ Score = Callable[[Tensor, slice], Sums]  # logits [C, V] of a part of the target
 # Logits of one part in float32. Large enough to keep a GPU's matrix units busy (at V = 131,072: 512 targets), small
 # beside what a layer keeps for its backward. Assumed; tests/benchmarks/loss_memory.py measures what it costs.
 _PART_BYTES = 2**28
-# `auto` makes all logits at once while they take less than this share of the device's memory. Two to three matrices
-# of that size exist at the same time then (tests/benchmarks/loss_memory.py), so a fifth of the memory at the most;
-# parts run the head a third time, in the backward pass, which costs time that need not be spent before.
+# `auto` makes all logits at once while they take less than this share of the device's memory: three matrices of that
+# size exist at the same time (tests/benchmarks/loss_memory.py, float32 on a CPU), so a fifth of the memory at the most.
+# Parts run the head once more in the backward pass, which costs time that need not be spent before.
 _WHOLE_SHARE = 1 / 16
 
 
@@ -92,9 +94,13 @@ def hits(logits_CV: Tensor, targets_C: Tensor) -> Tensor:
 
 
 class LossPlan(NamedTuple):
-    """How the sums over the targets' logits are made."""
+    """How the sums over the targets' logits are made.
 
-    targets_at_once: int | None = None  # None: all
+    The number of parts is fixed for a run, whatever the number of targets in a batch: under ZeRO-3 each call of the
+    head gathers its weights from all ranks, so that all must call it equally often.
+    """
+
+    parts: int = 1
     liger: bool = False
 
 
@@ -114,7 +120,7 @@ def choose_loss_plan(
     UserError where the choice cannot be had: a head that is not known to work token by token, a missing package.
     """
     vocabulary = model.config.vocab_size
-    in_parts = max(1, _PART_BYTES // (4 * vocabulary))
+    parts = math.ceil(4 * most_targets * vocabulary / _PART_BYTES)
     if wanted == "auto":
         logits = most_targets * vocabulary * (2 if distilling else 1)  # the teacher's exist beside the student's
         whole_gib, limit_gib = 4 * logits / 2**30, _WHOLE_SHARE * memory_bytes(device) / 2**30
@@ -133,7 +139,7 @@ def choose_loss_plan(
         )
     if wanted == "liger":
         _require_liger(device, distilling)
-    return LossPlan(in_parts, wanted == "liger")
+    return LossPlan(parts, wanted == "liger")
 
 
 def memory_bytes(device: torch.device) -> int:
@@ -147,23 +153,24 @@ def sums_over_targets(head: Head, hidden_ND: Tensor, score: Score, plan: LossPla
     """What `score` makes of the logits of all targets. Runs the head within the caller's forward pass.
 
     In parts: the logits of a part are forgotten after its sums and made again in the backward pass, but for the
-    last part's, which the backward pass needs first. One part there is always, even of no targets: under DDP every
+    last part's, which the backward pass needs first. A part of no targets is run like the others: under DDP every
     parameter has to be in the graph.
     """
     training = torch.is_grad_enabled()
     if plan.liger and training:
         assert isinstance(score, CrossEntropy), "liger knows no other loss"
         return _liger_sums(head, hidden_ND, score)
-    at_once = plan.targets_at_once or len(hidden_ND)
+    ends = [len(hidden_ND) * part // plan.parts for part in range(plan.parts + 1)]
+    pieces = [slice(start, end) for start, end in pairwise(ends)]
     # One split, not a slice for each part: the backward of a slice fills a whole [N, D] with zeros.
-    pieces = hidden_ND.split(at_once) if len(hidden_ND) > at_once else (hidden_ND,)
+    hidden_CD = hidden_ND.split([piece.stop - piece.start for piece in pieces]) if plan.parts > 1 else (hidden_ND,)
     totals: Sums = {}
-    for number, hidden_CD in enumerate(pieces):
-        part = slice(number * at_once, number * at_once + len(hidden_CD))
-        if training and number < len(pieces) - 1:
-            sums = checkpoint(_part, head, hidden_CD, score, part, use_reentrant=False, preserve_rng_state=False)
+    for number, piece in enumerate(pieces):
+        arguments = head, hidden_CD[number], score, piece
+        if training and number < plan.parts - 1:
+            sums = checkpoint(_part, *arguments, use_reentrant=False, preserve_rng_state=False)
         else:
-            sums = _part(head, hidden_CD, score, part)
+            sums = _part(*arguments)
         totals = {name: totals[name] + value if totals else value for name, value in sums.items()}
     return totals
 

@@ -4,12 +4,13 @@
 
 Forward and backward of head and cross entropy on random hidden states, each case in a fresh process, in bf16 on a GPU
 and in float32 on a CPU. Memory is what is there at the peak beyond inputs and weights: the allocator's own figure on a
-GPU, resident memory on a CPU. Each case carries its ratio to `full` of the same run. The median time is of the calls
-after the first two.
+GPU, resident memory on a CPU. Time is the median of the calls after the first two: by the clock on a GPU, CPU seconds
+of the process on a CPU, which others on the machine disturb less. Each case carries its ratio to `full` of the run.
 """
 
 import argparse
 import json
+import math
 import os
 import resource
 import statistics
@@ -34,8 +35,8 @@ def measure(case: str, vocabulary: int, targets: int, hidden: int) -> dict:
     linear = torch.nn.Linear(hidden, vocabulary, bias=False, device=device)
     hidden_ND = torch.randn(targets, hidden, device=device, requires_grad=True)
     score = CrossEntropy(torch.randint(vocabulary, (targets,), device=device))
-    in_parts = _PART_BYTES // (4 * vocabulary)
-    plan = {"full": WHOLE, "chunked": LossPlan(in_parts), "liger": LossPlan(in_parts, liger=True)}[case]
+    parts = math.ceil(4 * targets * vocabulary / _PART_BYTES)
+    plan = {"full": WHOLE, "chunked": LossPlan(parts), "liger": LossPlan(parts, liger=True)}[case]
     kept: dict[int, int] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
@@ -46,12 +47,14 @@ def measure(case: str, vocabulary: int, targets: int, hidden: int) -> dict:
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             return sums_over_targets(Head(nothing, linear), hidden_ND, score, plan)["loss"]
 
+    clock = time.perf_counter if device.type == "cuda" else time.process_time
+
     def call() -> float:
-        began = time.perf_counter()
+        began = clock()
         forward().backward()
         if device.type == "cuda":
             torch.cuda.synchronize()
-        return time.perf_counter() - began
+        return clock() - began
 
     linear.weight.grad, hidden_ND.grad = torch.zeros_like(linear.weight), torch.zeros_like(hidden_ND)
     before = memory(device)[0]
@@ -65,7 +68,7 @@ def measure(case: str, vocabulary: int, targets: int, hidden: int) -> dict:
         "kept_for_backward_mib": round(sum(n for at, n in kept.items() if at not in ours) / 2**20, 1),
         "seconds": round(statistics.median(times_s), 4),
         "loss": loss.item() / targets,
-        "targets_at_once": plan.targets_at_once or targets,
+        "parts": plan.parts,
     }
 
 

@@ -1,10 +1,10 @@
 """The attention kernels themselves, on a GPU: bf16 against sdpa in float32, and not one bit of a neighbour."""
 
 import dataclasses
-import importlib.util
 
 import pytest
 import torch
+from transformers.utils import is_flash_attn_2_available
 
 from tests.trainer.packed import CAUSAL, SHAPES, everywhere, gradients, logits, make, packed_batch, with_kernel
 from trainer.attention import check_isolation
@@ -19,7 +19,7 @@ LENGTH = 256  # two blocks of 128, the unit of most kernels
 
 @pytest.fixture(params=KERNELS)
 def kernel(request):
-    if request.param == "flash_attention_2" and importlib.util.find_spec("flash_attn") is None:
+    if request.param == "flash_attention_2" and not is_flash_attn_2_available():
         pytest.skip("no package flash-attn")
     return request.param
 

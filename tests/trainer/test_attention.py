@@ -52,9 +52,8 @@ def flash_written_out(monkeypatch):
         back, ahead = window_size
         return attention_by_documents(q, k, v, cu_seqlens_q, softmax_scale, back, 0 if causal else ahead)
 
-    process = flash._lazy_define_process_function(flash_attn_varlen_func)
-    functions = (None, flash_attn_varlen_func, None, None, None), (process, dict)
-    monkeypatch.setattr(flash, "lazy_import_flash_attention", lambda *names, **more: functions)
+    monkeypatch.setattr(flash, "_lazy_imports", lambda *names, **more: (None, flash_attn_varlen_func, None, None, None))
+    monkeypatch.setattr(flash, "_loaded_implementation", None)
     # transformers looks for the package before it lets a model have it
     monkeypatch.setattr(attention, "_set", lambda model, kernel: setattr(model.config, "_attn_implementation", kernel))
 

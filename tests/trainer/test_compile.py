@@ -2,11 +2,24 @@
 
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from tests.trainer.packed import CAUSAL, SHAPES, make, packed_batch, with_targets
+from tests.trainer.packed import (
+    CAUSAL,
+    SHAPES,
+    attention_by_documents,
+    everywhere,
+    logits,
+    make,
+    packed_batch,
+    with_kernel,
+    with_targets,
+)
+from trainer.data.packing import Framing, PackedRows
+from trainer.data.stream import BatchPlan, TrainStream
 from trainer.models import LanguageModel, checkpoint_layers, transformer_layers
 from trainer.objectives.language_model import language_model
 
@@ -34,6 +47,49 @@ def test_twenty_steps_of_varying_targets_compile_nothing_anew(
         loss.backward()
         model.zero_grad()
     assert compiled["unique_graphs"] >= 1
+    assert counters["stats"] == compiled
+    assert not counters["graph_break"]
+
+
+@torch.library.custom_op("lmworks_tests::by_documents", mutates_args={})
+def by_documents(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, borders: torch.Tensor, longest: int, scale: float,
+    back: int, ahead: int,
+) -> torch.Tensor:  # fmt: skip
+    assert longest >= borders.diff().max()
+    return attention_by_documents(query, key, value, borders, scale, back, ahead).contiguous()
+
+
+@by_documents.register_fake
+def _(query, key, value, borders, longest, scale, back, ahead):
+    return torch.empty_like(query, memory_format=torch.contiguous_format)
+
+
+@pytest.mark.parametrize("architecture", ["bert", "modernbert", "gpt2", "llama"])
+def test_varying_documents_compile_once_for_all_numbers(architecture, tiny_tokenizer, tokens_in_memory, monkeypatch):
+    """varlen, with an operator in the place of torch's that runs on a CPU: at the second step dynamo learns that the
+    number of documents and the longest vary, and from then on nothing is compiled."""
+
+    def varlen_attn(query, key, value, cu_q, cu_k, max_q, max_k, *, scale, window_size, enable_gqa):
+        return by_documents(query, key, value, cu_q, max_q, scale, *window_size)
+
+    monkeypatch.setattr("trainer.attention.varlen_attn", varlen_attn)
+    torch._dynamo.reset()
+    counters.clear()
+    module = with_kernel(make(architecture, tiny_tokenizer, length=256), "varlen")
+    plain = with_kernel(make(architecture, tiny_tokenizer, length=256), "varlen")
+    for layer in transformer_layers(module.model):
+        layer.compile(backend="eager")
+    draw = np.random.default_rng(0)
+    for step in range(10):
+        sizes = draw.integers(3, 250 if step % 2 else 100, size=12)
+        framing = Framing(256, architecture in CAUSAL, 2, None if architecture in CAUSAL else 3, 0)
+        rows = PackedRows(tokens_in_memory([list(map(int, draw.integers(5, 100, size=n))) for n in sizes]), framing, 0)
+        batch = everywhere(TrainStream(rows, None, BatchPlan(2, 2, 0, 1), 0).micro_batches(0)[0])
+        with torch.no_grad():
+            torch.testing.assert_close(logits(module, batch), logits(plain, batch))
+        if step == 3:
+            compiled = dict(counters["stats"])
     assert counters["stats"] == compiled
     assert not counters["graph_break"]
 

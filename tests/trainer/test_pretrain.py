@@ -5,6 +5,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
 
+import trainer.heads
 from trainer.__main__ import main
 from trainer.artifact import read_artifact
 from trainer.config import Recipe
@@ -85,6 +86,22 @@ def test_bf16_keeps_parameters_in_fp32_and_stays_near(written_recipe):
     assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
 
 
+@pytest.mark.parametrize("architecture", ["bert", "gpt2"])
+def test_the_loss_in_parts_trains_alike(written_recipe, architecture, monkeypatch):
+    """Eight parts or so of a tiny vocabulary, in training and evaluation."""
+    whole, parts = written_recipe(architecture, "whole"), written_recipe(architecture, "parts", cross_entropy="chunked")
+    assert main(["pretrain", str(whole)]) == 0
+    monkeypatch.setattr("trainer.heads._PART_BYTES", 2**14 if architecture == "bert" else 2**16)
+    calls = []
+    real = trainer.heads._part
+    monkeypatch.setattr("trainer.heads._part", lambda *words: calls.append(1) or real(*words))
+    assert main(["pretrain", str(parts)]) == 0
+    assert len(calls) > 12 * 4
+    assert losses(parts) == pytest.approx(losses(whole), rel=1e-5)
+    ends = [rows(path, "eval")[-1]["loss"] for path in (whole, parts)]
+    assert ends[0] == pytest.approx(ends[1], rel=1e-5)
+
+
 @pytest.mark.slow
 def test_compiled_blocks_train_alike(written_recipe):
     dropouts = ("hidden_dropout_prob", "attention_probs_dropout_prob")
@@ -117,7 +134,8 @@ def test_run_folder_says_what_was_run(written_recipe):
     assert list((folder / "tensorboard").glob("events.*"))
     row = rows(recipe_path, "train")[0]
     promised = "step samples tokens loss learning_rate grad_norm_before_clip step_time_s mfu peak_memory_gib"
-    assert set(promised.split()) <= set(row)
+    assert {*promised.split(), "data_wait_share"} <= set(row)
+    assert 0 < row["data_wait_share"] < 1
     assert (folder / "checkpoints" / "LATEST").read_text() == "step-00000002\n"
 
 

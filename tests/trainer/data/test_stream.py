@@ -1,3 +1,5 @@
+import itertools
+
 import numpy as np
 import pytest
 
@@ -64,6 +66,15 @@ def test_targets_point_into_the_flattened_batch(rows, tiny_tokenizer):
     assert batch.num_targets == len(batch.target_places) > 0
     assert batch.segments.flatten()[batch.target_places].min() > 0
     assert batch.num_tokens == int((batch.segments > 0).sum())
+
+
+def test_boundaries_are_where_a_row_or_its_document_changes(rows, tiny_tokenizer):
+    (stream,) = streams(rows, tiny_tokenizer, 1, 12)
+    (batch,) = stream.micro_batches(0)
+    flat = [(row, segment) for row, segments in enumerate(batch.segments.tolist()) for segment in segments]
+    expected = [at for at in range(len(flat)) if at == 0 or flat[at] != flat[at - 1]] + [len(flat)]
+    assert batch.boundaries.tolist() == expected and len(expected) > 12 + 1
+    assert batch.longest == max(stop - start for start, stop in itertools.pairwise(expected))
 
 
 def test_a_batch_that_does_not_divide_names_legal_values():
