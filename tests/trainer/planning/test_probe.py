@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 
-from trainer.config import Recipe
+from trainer.config import DistillWeights, Recipe
 from trainer.models import LanguageModel, build
+from trainer.objectives.distill import Distillation
 from trainer.objectives.language_model import language_model
 from trainer.planning import activations as counting
 from trainer.planning import probe as probing
@@ -92,6 +93,21 @@ def test_a_wrong_formula_would_be_seen(part, factor, monkeypatch):
 
     monkeypatch.setattr(counting, part, wrong)
     assert abs(errors(recipe("gpt2", rows=2))["activations"]) > 0.05
+
+
+@pytest.mark.parametrize(("architecture", "hidden"), [("bert", 1.0), ("gpt2", 0.0), ("gpt2", 1.0)])
+def test_a_student_keeps_what_is_predicted(architecture, hidden, monkeypatch):
+    """Three tensors of the logits' size for the losses at targets, two of the hidden states' for the cosine."""
+    plan = recipe(architecture)
+    workload = workloads(plan)[0]
+    tokenizer = probing._tokenizer(plan, workload)
+    teacher = build(plan.pretrain.model, tokenizer, workload.objective.name == "causal_lm", 64, seed=1)
+    frozen = LanguageModel(teacher).eval().requires_grad_(False)
+    monkeypatch.setattr(probing, "language_model", Distillation(frozen, 2.0, DistillWeights(hidden=hidden)))
+    measured = probing.measure(plan, workload, torch.device("cpu"))
+    numerics, batch = Numerics.of("fp32", autocast=False, cuda=False), plain_case(workload, cuda=False).batch
+    predicted = activations(workload.shape, numerics, batch, distilling=True, hidden_loss=hidden > 0).saved
+    assert predicted == pytest.approx(measured.saved, rel=0.02)
 
 
 class CudaAutocast(TorchFunctionMode):
