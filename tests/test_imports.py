@@ -30,7 +30,10 @@ WALLS = {
 LIGHT = ("trainer/__init__.py", "trainer/__main__.py", "trainer/config.py", "trainer/errors.py", "trainer/artifact.py",
          "trainer/environment.py", "trainer/recipe_file.py", "trainer/schema.py", "trainer/doctor.py",
          "trainer/engine/__init__.py", "trainer/engine/launch.py", "trainer/engine/zero.py",
-         "trainer/engine/zero_facts.py")  # fmt: skip
+         "trainer/engine/zero_facts.py", "trainer/plan.py", "trainer/planning/__init__.py",
+         "trainer/planning/activations.py", "trainer/planning/case.py", "trainer/planning/cost.py",
+         "trainer/planning/hardware.py", "trainer/planning/memory.py", "trainer/planning/shapes.py",
+         "trainer/planning/workload.py")  # fmt: skip
 HEAVY = ("torch", "transformers", "accelerate", "deepspeed", "tokenizers", "onnx", "onnxruntime", "tensorflow")
 # Lower numbers may not import higher ones; what is not listed is a stage or a piece of one, on top of all.
 FLOORS = (
@@ -177,10 +180,16 @@ def run_and_list_modules(*arguments: str) -> tuple[set[str], str]:
     return set(line.split()[1:]), done.stdout
 
 
-@pytest.mark.parametrize("verb", ["run", "prepare", "pretrain", "distill", "export", "bench", "report"])
+@pytest.mark.parametrize("verb", ["run", "plan", "prepare", "pretrain", "distill", "export", "bench", "report"])
 def test_dry_run_imports_nothing_heavy(verb):
     modules, printed = run_and_list_modules(verb, "quickstart", "--dry-run")
     assert "run_dir: runs/quickstart" in printed
+    assert sorted(modules & {*HEAVY, "numpy", "matplotlib", "pyarrow"}) == []
+
+
+def test_plan_imports_nothing_heavy():
+    modules, printed = run_and_list_modules("plan", "quickstart")
+    assert "parameters     5,364,480" in printed
     assert sorted(modules & {*HEAVY, "numpy", "matplotlib", "pyarrow"}) == []
 
 

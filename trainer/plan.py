@@ -28,7 +28,7 @@ from trainer.planning.memory import Strategy, footprint, largest_micro_batch, st
 from trainer.planning.workload import Workload, workloads
 
 _GIB = 2.0**30
-_WIDTH = 120  # of the tables where no terminal says its own
+_WIDTH = 130  # of the tables where no terminal says its own
 
 
 def run(
@@ -108,7 +108,8 @@ def strategies(engine: EngineConfig) -> list[tuple[Strategy, bool]]:
         wanted = "ddp" if engine.strategy == "auto" else engine.strategy  # deepspeed: its JSON is the launcher's
         return [(one, one.name.split(" ")[0] == wanted) for one in standard]
     own = strategy_of(engine.zero)
-    return [(one, False) for one in standard if one.name != own.name] + [(own, True)]
+    rows = [(own, True) if one.name == own.name else (one, False) for one in standard]
+    return rows if (own, True) in rows else [*rows, (own, True)]
 
 
 def strategy_row(case: Case, strategy: Strategy, gpu: Gpu, gpus: int, accumulation: int) -> dict[str, Any]:
@@ -167,11 +168,11 @@ def _show(console: Console, stage: Mapping[str, Any], plan: Mapping[str, Any]) -
     where = f"{plan['gpus']} x {gpu['name']} ({gpu['memory_gb']:g} GB)"
     console.print(f"\n[bold]{stage['stage']}[/bold]: {stage['architecture']}, {stage['precision']}, on {where}")
     for name, line in lines.items():
-        console.print(f"  {name:<14} {line}")
+        console.print(f"  {name:<14} {line}", soft_wrap=True)
     console.print(_memory_table(stage))
     console.print(_choice_table(stage))
     for note in stage["notes"]:
-        console.print(f"  {note}", style="dim", markup=False)
+        console.print(f"  {note}", style="dim", markup=False, soft_wrap=True)
 
 
 def _duration(hours: float) -> str:
@@ -190,13 +191,13 @@ def _memory_table(stage: Mapping[str, Any]) -> Table:
             gib["master_weights"] + gib["optimizer"],
             *(gib[name] for name in ("buffers", "activations", "logits", "teacher")),
         ]
-        total = f"{gib['total']:.2f}"
+        total = f"{gib['total']:.2f}" + ("" if row["fits"] else " !")
         cells = [f"{part:.2f}" if part else "-" for part in parts]
         cells += [total if row["fits"] else f"[red]{total}[/red]", f"{gib['host'] + gib['nvme']:.1f}"]
         table.add_row(_name(row), *cells, row["peak_at"], style="bold" if row["chosen"] else "")
     table.caption = (
         "weights with autocast's 16-bit copies, optimizer with master weights, host: in the node's memory or on its "
-        "NVMe; *: the recipe's; red: does not fit"
+        "NVMe; *: the recipe's; !: does not fit"
     )
     return table
 

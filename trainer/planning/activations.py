@@ -119,9 +119,9 @@ def activations(
         logits=logits,
         logits_forward=forward,
         logits_backward=backward,
-        window=block if batch.checkpointing else 0.0,
-        # Two gradients of size F and two of the stream: the step through the feed-forward part's activation.
-        block_gradients=batch.tokens * 2.0 * (shape.inner * numerics.matrix + shape.hidden * numerics.stream),
+        window=block - (inputs if _keeps_input(shape, numerics) else 0.0) if batch.checkpointing else 0.0,
+        # The step through the feed-forward part: a gradient of size F beside what it is made from, two of the stream.
+        block_gradients=batch.tokens * (shape.inner * numerics.matrix + 2.0 * shape.hidden * numerics.stream),
         unseen=unseen,
     )
 
@@ -137,6 +137,13 @@ def block_bytes(shape: Shape, numerics: Numerics, batch: MicroBatch) -> float:
     total += _read(numerics, M * D, readers)
     total += _read(numerics, M * D, 2 if shape.architecture == "llama" else 1)
     return total + 2 * _norm(shape, numerics, M)
+
+
+def _keeps_input(shape: Shape, numerics: Numerics) -> bool:
+    """Whether a block keeps its input itself, not only copies of it in another type."""
+    if shape.architecture == "llama":  # its norm keeps an fp32 copy
+        return numerics.stream == 4
+    return shape.family.pre_norm or not numerics.casts
 
 
 def _read(numerics: Numerics, elements: int, readers: int) -> float:

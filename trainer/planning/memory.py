@@ -284,7 +284,8 @@ def _teacher_forward(case: Case, numerics: Numerics) -> float:
     teacher, batch = case.teacher, case.batch
     if teacher is None:
         return 0.0
+    size = numerics.matrix if numerics.casts else 4
     states = teacher.layers + 1 if teacher.family.causal else 3
-    wide = batch.tokens * 2 * teacher.inner * numerics.matrix
-    logits = batch.targets * teacher.vocabulary * numerics.matrix * (2 if teacher.family.causal else 1)
-    return float(batch.tokens * teacher.hidden * numerics.stream * states + wide + logits)
+    wide = batch.tokens * 2 * teacher.inner * size
+    logits = batch.targets * teacher.vocabulary * size * (2 if teacher.family.causal else 1)
+    return float(batch.tokens * teacher.hidden * 4 * states + wide + logits)

@@ -94,8 +94,9 @@ def measure(recipe: Recipe, workload: Workload, device: torch.device) -> Measure
 
     def micro_steps() -> None:
         for batch in batches:
+            counts = {"targets": float(batch.num_targets), "tokens": float(batch.num_tokens)}
             with autocast:
-                loss = language_model(module, batch).divided({"targets": batch.num_targets * _MICRO_STEPS})
+                loss = language_model(module, batch).divided(counts)
             loss.backward()
 
     def step() -> None:
