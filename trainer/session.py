@@ -80,9 +80,7 @@ class Session:
         inputs |= {name: content_hash(folder) for name, folder in parents.items()}
         with self._log:
             run = self.wire(model, objective, inputs)
-            step = resume(run)
-            self._describe_run()  # only now: a refused attempt must not overwrite what the run before was made with
-            metrics = train(run, step)
+            metrics = self._train(run)
             if self.engine.is_main:
                 self._save_model(model, run, inputs, metrics)
             self._log.event("end", run.last_step, seconds=time.perf_counter() - self._began)
@@ -91,6 +89,16 @@ class Session:
         release_signals()
         if stopped:
             raise Preempted(f"a signal came while the model was written; {self._stage} is done")
+
+    def _train(self, run: Run) -> dict[str, float]:
+        step = resume(run)
+        self._describe_run()  # only now: a refused attempt must not overwrite what the run before was made with
+        try:
+            return train(run, step)
+        except RuntimeError as error:  # a strategy's own collectives miss a rank before the host's do
+            if (lost := self.engine.ranks.lost(error)) is not error:
+                raise lost from error
+            raise
 
     def wire(self, model: PreTrainedModel, objective: Objective, inputs: dict[str, str]) -> Run:
         """The pieces of the run, ready for its first step; `inputs` are content hashes of what it is made from."""

@@ -4,8 +4,9 @@
 
 PLAN is a list of attempts, done one after another. An attempt: {"ranks": N, "arguments": [lmworks arguments]} and
 optionally "kill": {"file": metrics file, "delay_s": s} (SIGKILL to all ranks that long after the file first grows),
-"stop_before_step": k (as if a signal had come there), or "fault": a name in FAULTS. Prints the exit codes of each
-attempt's ranks as JSON.
+"freeze": {"file": metrics file, "bytes": n, "rank": r} (SIGSTOP to that rank once the file has n bytes, and SIGKILL
+when the others have ended), "stop_before_step": k (as if a signal had come there), or "fault": a name in FAULTS.
+Prints the exit codes of each attempt's ranks as JSON.
 """
 
 import json
@@ -108,7 +109,23 @@ def size(path: str) -> int:
     return os.path.getsize(path) if os.path.exists(path) else 0
 
 
+def run_and_freeze(attempt: dict) -> list[int]:
+    freeze = attempt["freeze"]
+    port = free_port()
+    pids = [fork(rank, attempt, port) for rank in range(attempt["ranks"])]
+    frozen = pids[freeze["rank"]]
+    while size(freeze["file"]) < freeze["bytes"]:
+        time.sleep(0.01)
+    os.kill(frozen, signal.SIGSTOP)
+    codes = {pid: os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids if pid != frozen}
+    os.kill(frozen, signal.SIGKILL)
+    codes[frozen] = os.waitstatus_to_exitcode(os.waitpid(frozen, 0)[1])
+    return [codes[pid] for pid in pids]
+
+
 def run(attempt: dict) -> list[int]:
+    if "freeze" in attempt:
+        return run_and_freeze(attempt)
     kill = attempt.get("kill")
     before, deadline = size(kill["file"]) if kill else 0, float("inf")
     port = free_port()

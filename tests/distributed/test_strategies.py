@@ -197,3 +197,18 @@ def test_lamb_takes_whole_tensors_under_every_strategy(recipe, tmp_path):
     assert codes == [[0, 0]] * len(attempts), said[-3000:]
     for path in paths:
         assert_alike(path, reference, 2e-4)
+
+
+def test_a_rank_that_hangs_is_named_and_ends_the_run(recipe, tmp_path):
+    """Rank 1 is stopped amid training: rank 0 waits no longer than it was told, says for whom, and a resume works."""
+    path = recipe("hung", max_steps=2000, save_every_steps=20, eval_every_steps=2000)
+    metrics = str(load_recipe(str(path)).run_dir / "pretrain" / "metrics.jsonl")
+    command = ["pretrain", str(path), "pretrain.engine.collective_timeout_s=5"]
+    attempts = [
+        {"ranks": 2, "arguments": command, "freeze": {"file": metrics, "bytes": 30_000, "rank": 1}},
+        {"ranks": 2, "arguments": [*command, "pretrain.engine.collective_timeout_s=60"], "stop_before_step": 300},
+    ]
+    codes, said = run_forked(tmp_path, attempts)
+    assert codes == [[71, -9], [75, 75]], said[-3000:]
+    assert "waited for rank 1 (last seen" in said and "Traceback" not in said
+    assert rows(path, "resume")

@@ -4,7 +4,6 @@ It knows nothing of objectives, data, or when to save."""
 import contextlib
 import os
 import socket
-from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -38,6 +37,7 @@ class Engine:
     def __init__(self, training: Training, folder: Path) -> None:
         self._training, self._folder = training, folder
         self.updates = 0
+        _restore_environment()
         self.on_cpu = not torch.cuda.is_available()
         self._zero_name = chosen_zero(training.engine, os.environ)
         self.strategy_name = self._chosen_strategy()
@@ -91,8 +91,7 @@ class Engine:
         if self._zero_name:
             self.zero = self._resolved_zero(self.world, hidden_size)
             self._strategy.configure(self.zero)  # type: ignore[attr-defined]
-        with _environment_for_deepspeed() if self.zero else contextlib.nullcontext():
-            self._strategy.prepare(model, build)
+        self._strategy.prepare(model, build)
 
     def begin_step(self, step: int, learning_rate: float, seed: int) -> None:
         """Set what an optimizer step depends on: the learning rate, and dropout's randomness by (seed, step, rank)."""
@@ -190,6 +189,8 @@ class Engine:
     def _accelerate(self) -> Accelerator:
         AcceleratorState._reset_state(reset_partial_state=True)  # an earlier run in this process may have left another
         timeout = timedelta(seconds=self._training.engine.collective_timeout_s)
+        for name, value in self._flight_recorder().items():
+            os.environ.setdefault(name, value)
         # Without the named backend Accelerate takes CPU ranks for one process (seen with 1.15).
         backend = {"backend": "gloo"} if self.on_cpu and "RANK" in os.environ else {}
         group = InitProcessGroupKwargs(timeout=timeout, **backend)
@@ -197,8 +198,8 @@ class Engine:
             os.environ.setdefault("DS_ACCELERATOR", "cpu" if self.on_cpu else "cuda")
             raw = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 0}}  # replaced before prepare
             group.backend = "gloo" if self.on_cpu else None
-            with _environment_for_deepspeed():
-                return Accelerator(deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=raw), kwargs_handlers=[group])
+            _set_environment_for_deepspeed()
+            return Accelerator(deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=raw), kwargs_handlers=[group])
         wanted = self._training.precision
         mixed = wanted if wanted in ("bf16", "fp16", "fp8") and self.strategy_name == "ddp" else "no"
         wrap = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
@@ -206,6 +207,14 @@ class Engine:
         if mixed == "fp8":
             handlers.append(TERecipeKwargs() if precision.fp8_backend() == "TE" else AORecipeKwargs())
         return Accelerator(cpu=self.on_cpu, mixed_precision=mixed, kwargs_handlers=handlers)
+
+    def _flight_recorder(self) -> dict[str, str]:
+        """What makes NCCL write down, once a collective times out, which collectives each rank was in."""
+        return {
+            "TORCH_FR_BUFFER_SIZE": "2000",
+            "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
+            "TORCH_FR_DUMP_TEMP_FILE": str(self._folder / "flight-recorder-rank-"),
+        }
 
     def _build_strategy(self) -> Strategy:
         limit = self._training.max_grad_norm
@@ -230,22 +239,24 @@ def deepspeed_version() -> str:
         ) from None
 
 
-@contextlib.contextmanager
-def _environment_for_deepspeed() -> Iterator[None]:
-    """DeepSpeed forms a process group even for one process; without a launcher somebody has to tell it where.
+_set_here: set[str] = set()  # variables of this process's environment that an Engine has set
 
-    What is set here, and the mark that Accelerate leaves, would bind the next stage of this process too.
-    """
-    before = dict(os.environ)
+
+def _set_environment_for_deepspeed() -> None:
+    """DeepSpeed forms a process group even for one process, and asks the environment who it is at every turn."""
+    wanted = {"ACCELERATE_USE_DEEPSPEED": "true"}
     if "RANK" not in os.environ:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = str(probe.getsockname()[1])
-        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-    os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
-    try:
-        yield
-    finally:
-        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "ACCELERATE_USE_DEEPSPEED"):
-            if name not in before:
-                os.environ.pop(name, None)
+        alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        wanted |= alone
+    _set_here.update(name for name in wanted if name not in os.environ)
+    os.environ.update(wanted)
+
+
+def _restore_environment() -> None:
+    """What an earlier run in this process set, and Accelerate with it, would bind the next one too."""
+    for name in _set_here:
+        os.environ.pop(name, None)
+    _set_here.clear()
