@@ -299,4 +299,11 @@ def _logits(model: nn.Module, input_ids: Tensor, places_N: Tensor, isolated: boo
         num_tokens=input_ids.numel(),
         isolated=isolated,
     )
-    return model(batch=batch, score=lambda logits_NV, part: {"logits": logits_NV})["logits"]
+    parts: list[Tensor] = []
+
+    def keep(logits_CV: Tensor, part: slice) -> dict[str, Tensor]:
+        parts.append(logits_CV)
+        return {"kept": logits_CV.new_zeros(())}
+
+    model(batch=batch, score=keep)
+    return torch.cat(parts)

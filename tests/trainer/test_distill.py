@@ -89,7 +89,7 @@ def test_another_vocabulary_is_refused_by_name(with_teacher, written_recipe, tin
     assert main(["prepare", str(other)]) == 0
     assert main(["distill", str(other)]) == 2
     said = capfd.readouterr().err
-    assert "one vocabulary for teacher, student and data" in said and "Traceback" not in said
+    assert "one vocabulary for models and data" in said and "Traceback" not in said
 
 
 def test_distillation_resumes_like_pretraining(with_teacher, monkeypatch):
@@ -100,15 +100,15 @@ def test_distillation_resumes_like_pretraining(with_teacher, monkeypatch):
     assert main(["distill", str(path), "distill.resume=false", "distill.save_every_steps=2"]) == 0
     import trainer.engine.loop as loop
 
-    real = loop._step
+    real = loop.take_step
 
     def stop_at_4(run, step, *rest):
         if step == 4:
             raise KeyboardInterrupt
-        real(run, step, *rest)
+        return real(run, step, *rest)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "_step", stop_at_4)
+        patch.setattr(loop, "take_step", stop_at_4)
         assert main(["distill", str(path), "distill.resume=false", "distill.save_every_steps=2"]) == 130
     assert main(["distill", str(path), "distill.save_every_steps=2"]) == 0
     assert [row["step"] for row in rows(path, "resume")] == [4]

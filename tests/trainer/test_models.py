@@ -10,7 +10,7 @@ from trainer.models import (
     count_parameters,
     decay_groups,
     make_config,
-    train_flops_per_token,
+    train_flops,
     transformer_layers,
 )
 from trainer.students import student_from_layers
@@ -116,4 +116,4 @@ def test_flops_of_gpt2_124m_are_nanogpts():
     with torch.device("meta"):
         model = GPT2LMHeadModel(GPT2Config())
     model.tie_weights()
-    assert train_flops_per_token(model, 1024) == 6 * (124_439_808 - 1024 * 768) + 12 * 12 * 768 * 1024
+    assert train_flops(model, 1024).of(1, 1) == 6 * (124_439_808 - 1024 * 768) + 12 * 12 * 768 * 1024

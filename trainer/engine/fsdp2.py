@@ -36,7 +36,7 @@ class FullyShardedDataParallel:
         model.to(self._device)
         for block in transformer_layers(model):
             fully_shard(block, mesh=mesh, mp_policy=self._policy)
-        self._root: FSDPModule = fully_shard(model, mesh=mesh, mp_policy=self._policy)
+        fully_shard(model, mesh=mesh, mp_policy=self._policy)
         self.model = self.module = model
         self.optimizer = build(model)
 
@@ -44,7 +44,7 @@ class FullyShardedDataParallel:
         return contextlib.nullcontext()  # the policy casts what each block gets
 
     def backward(self, loss: Tensor, last: bool) -> None:
-        self._root.set_requires_gradient_sync(last)
+        # Every micro-batch is reduced at once: waiting for the last would keep a whole float32 gradient on each rank.
         (loss * self._world).backward()  # reduce-scatter averages over ranks, and a sum is wanted
 
     def step(self) -> StepResult:

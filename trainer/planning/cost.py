@@ -14,7 +14,7 @@ DEFAULT_MFU = 0.4
 
 
 def flops_per_token(shape: Shape, length: int) -> float:
-    """Of forward and backward: 6 N + 12 L D T (PaLM, arXiv:2204.02311, appendix B); `models.train_flops_per_token`.
+    """Of forward and backward: 6 N + 12 L D T (PaLM, arXiv:2204.02311, appendix B); `models.train_flops`.
 
     Every matrix counts for every token, attention in full also for causal models, recomputation not at all.
     """
