@@ -29,14 +29,22 @@ def tiny_model():
     return model
 
 
-def train(model):
-    """Ten steps on one batch, the same on every rank."""
+def optimizer_of(model):
     parameters = list(model.parameters())
-    optimizer = lamb.Lamb(groups_of(parameters, [DECAY if p.ndim > 1 else 0.0 for p in parameters]), **SETTINGS)
+    return lamb.Lamb(groups_of(parameters, [DECAY if p.ndim > 1 else 0.0 for p in parameters]), **SETTINGS)
+
+
+def loss_of(model):
+    """On one batch, the same on every rank."""
     inputs = torch.randn(16, 10, generator=torch.Generator().manual_seed(1))
+    return (model(inputs) - inputs.sum(1, keepdim=True)).square().mean()
+
+
+def train(model):
+    optimizer = optimizer_of(model)
     for _ in range(STEPS):
         optimizer.zero_grad()
-        (model(inputs) - inputs.sum(1, keepdim=True)).square().mean().backward()
+        loss_of(model).backward()
         optimizer.step()
     return optimizer
 
@@ -55,7 +63,7 @@ def main(out):
     rank = dist.get_rank()
     results = {kind: train_rank(kind, rank, 2, dist.all_reduce) for kind in ("zero1", "zero3")}
     results["unsynchronised zero1"] = train_rank("zero1", rank, 2, lambda squares: None)
-    lamb._BUNDLE_ELEMENTS = 40  # of the tiny model's on a rank: several collectives a step
+    lamb._BUNDLE_ELEMENTS["cpu"] = 40  # of the tiny model's on a rank: several collectives a step
     results["fsdp2"] = train_fsdp2()
     lamb._sum_over_mesh = lambda squares, param: None
     results["unsynchronised fsdp2"] = train_fsdp2()

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -86,18 +87,33 @@ def test_impossible_segments_are_refused(pieces):
         lamb.step()
 
 
-def test_two_gloo_ranks_step_as_one_process(tmp_path):
-    script, out = Path(__file__).with_name("lamb_ranks.py"), tmp_path / "results"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script, out]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+def on_two_ranks(script, out, timeout_s):
+    """What each of two gloo ranks wrote."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu"}
+    done = subprocess.run(
+        [*command, Path(__file__).with_name(script), out],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=timeout_s,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
-    ranks = [torch.load(f"{out}.{rank}") for rank in (0, 1)]
-    for kind in ("zero1", "zero3"):
-        assert_close(joined(kind, [rank[kind] for rank in ranks]), whole(), rtol=1e-6, atol=1e-6)
+    return [torch.load(f"{out}.{rank}") for rank in (0, 1)]
+
+
+def trained_alone():
     model = tiny_model()
     train(model)
-    expected = dict(model.named_parameters())
+    return dict(model.named_parameters())
+
+
+def test_two_gloo_ranks_step_as_one_process(tmp_path):
+    ranks = on_two_ranks("lamb_ranks.py", tmp_path / "results", timeout_s=120)
+    for kind in ("zero1", "zero3"):
+        assert_close(joined(kind, [rank[kind] for rank in ranks]), whole(), rtol=1e-6, atol=1e-6)
+    expected = trained_alone()
     for rank in ranks:
         assert rank["fsdp2"].keys() == expected.keys()
         assert_close(rank["fsdp2"].values(), expected.values())
@@ -105,3 +121,18 @@ def test_two_gloo_ranks_step_as_one_process(tmp_path):
         assert_close(joined("zero1", [rank["unsynchronised zero1"] for rank in ranks]), whole(), rtol=1e-2, atol=1e-3)
     with pytest.raises(AssertionError, match="not close"):
         assert_close(ranks[0]["unsynchronised fsdp2"].values(), expected.values(), rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
+def test_it_is_right_under_deepspeeds_own_zero(tmp_path):
+    """The shards of the tests above are drawn after DeepSpeed's source; here they are DeepSpeed's."""
+    ranks = on_two_ranks("lamb_deepspeed.py", tmp_path / "results", timeout_s=500)
+    expected = trained_alone()
+    for rank in ranks:
+        not_told = rank.pop("not told")
+        for case, weights in rank.items():
+            assert weights.keys() == expected.keys(), case
+            assert_close(weights.values(), expected.values())
+        with pytest.raises(AssertionError, match="not close"):
+            assert_close(not_told.values(), expected.values(), rtol=1e-2, atol=1e-3)

@@ -16,9 +16,10 @@ import torch.distributed
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-# Updates take 4 bytes an element until they are applied. On CPUs the page faults of fresh memory for a whole BERT-base
-# took as long as the step itself; so much memory the allocator keeps (seen: 500 ms of CPU time against 270).
-_BUNDLE_ELEMENTS = 2**23
+# Updates take 4 bytes an element until they are applied, so not all tensors are updated at once. On CPUs the bound is
+# what malloc keeps from one bundle to the next: page faults of fresh memory for a whole BERT-base took half of the
+# step's CPU time (seen: 499 ms against 277). On a GPU, 256 MiB, so that launches do not show (assumed).
+_BUNDLE_ELEMENTS = {"cpu": 2**22, "cuda": 2**26}
 
 
 @dataclass(frozen=True)
@@ -196,8 +197,9 @@ def _limited(params: list[Tensor]) -> Iterator[list[Tensor]]:
     """Runs of tensors with at most _BUNDLE_ELEMENTS on a rank, the same on all ranks; a larger tensor is one alone."""
     run, elements = [], 0
     for param in params:
+        limit = _BUNDLE_ELEMENTS.get(param.device.type, _BUNDLE_ELEMENTS["cuda"])
         own = param.numel() // (param.device_mesh.size() if isinstance(param, DTensor) else 1)
-        if run and elements + own > _BUNDLE_ELEMENTS:
+        if run and elements + own > limit:
             yield run
             run, elements = [], 0
         run.append(param)

@@ -4,13 +4,14 @@ import copy
 import importlib
 import math
 import sys
+from importlib.util import find_spec
 
 import pytest
 import torch
 
 from tests.reference_optimizers import DECAY, SETTINGS, adamw, assert_close, groups_of, lamb, problem, train
 from trainer.config import Optim, Schedule
-from trainer.engine.lamb import Lamb, _squared_norms
+from trainer.engine.lamb import _BUNDLE_ELEMENTS, Lamb, _squared_norms
 from trainer.engine.optim import build_optimizer, learning_rate_at
 from trainer.errors import UserError
 
@@ -61,9 +62,9 @@ def test_adamw_is_that_of_the_paper(backend):
 
 
 @pytest.mark.parametrize("backend", ["torch", "auto"])
-@pytest.mark.parametrize("bundle_elements", [2**23, 600], ids=["one bundle", "several bundles"])
+@pytest.mark.parametrize("bundle_elements", [2**22, 600], ids=["one bundle", "several bundles"])
 def test_lamb_is_that_of_the_paper(monkeypatch, backend, bundle_elements):
-    monkeypatch.setattr("trainer.engine.lamb._BUNDLE_ELEMENTS", bundle_elements)
+    monkeypatch.setitem(_BUNDLE_ELEMENTS, "cpu", bundle_elements)
     assert_close(train(maker("lamb", backend), *problem()), lamb(*problem(), **SETTINGS))
 
 
@@ -195,9 +196,10 @@ def test_saved_and_loaded_it_goes_on_bit_for_bit(name, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
+@pytest.mark.timeout(1800)  # g++ takes half a minute for each on an idle machine, and minutes on a busy one
 def test_deepspeeds_cpu_optimizers_are_those_of_the_paper():
     """FusedAdam as it is on CPUs and CPUAdam, both compiled at first use."""
-    pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
     expected = adamw(*problem(), **SETTINGS)
     for offload, kind in ((False, "FusedAdam"), (True, "DeepSpeedCPUAdam")):
         seen = []
