@@ -18,13 +18,13 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from trainer.artifact import versions
 from trainer.config import Recipe
 from trainer.prepare import run as prepare
 
+ROOT = Path(__file__).parents[2]
 FORKED = ROOT / "tests" / "distributed" / "forked.py"
 STRATEGIES = {"ddp": [], "zero2": ["pretrain.engine.zero=zero2"], "zero3": ["pretrain.engine.zero=zero3"]}
 WITHIN_S = {"ddp": 0.5, "zero2": 1.0, "zero3": 2.0}  # after an attempt's first line, so that a few steps are taken
