@@ -301,22 +301,46 @@ class Distill(Training):
 # ---- export ----------------------------------------------------------------------------------------------------
 
 
+MaxAbs = Annotated[
+    Positive | None, Field(description="Largest absolute difference of an output on real tokens; null: no limit.")
+]
+RelativeRms = Annotated[
+    Positive | None,
+    Field(description="Root mean square of the difference, relative to that of the source's output; null: no limit."),
+]
+MinTop1 = Annotated[Fraction, Field(description="Share of real tokens whose highest logit is the same.")]
+
+
 class Tolerance(Section):
     """What an exported model may differ from its source, on tokens that are not padding."""
 
-    max_abs: Positive | None = None
-    """Largest absolute difference of an output."""
-    relative_rms: Positive | None = None
-    """Root mean square of the difference, relative to that of the source's output."""
-    min_top1: Fraction = 0.0
-    """Share of tokens whose highest logit is the same."""
+    max_abs: MaxAbs = None
+    relative_rms: RelativeRms = None
+    min_top1: MinTop1 = 0.0
+
+    @model_validator(mode="after")
+    def _holds_something_out(self) -> "Tolerance":
+        if self.max_abs is None and self.relative_rms is None and self.min_top1 == 0.0:
+            raise ValueError("a gate without any limit passes everything; keep max_abs, relative_rms or min_top1")
+        return self
+
+
+class Fp32Tolerance(Tolerance):
+    max_abs: MaxAbs = 1e-3
+    relative_rms: RelativeRms = 1e-5
+    min_top1: MinTop1 = 0.999
+
+
+class Int8Tolerance(Tolerance):
+    relative_rms: RelativeRms = 0.1
+    min_top1: MinTop1 = 0.90
 
 
 class Parity(Section):
     """Shapes and thresholds of the gate. Lengths 1 and the model's maximum are always tried."""
 
-    fp32: Tolerance = Tolerance(max_abs=1e-3, relative_rms=1e-5, min_top1=0.999)
-    int8: Tolerance = Tolerance(relative_rms=0.1, min_top1=0.90)
+    fp32: Fp32Tolerance = Fp32Tolerance()
+    int8: Int8Tolerance = Int8Tolerance()
     shapes: tuple[tuple[PositiveInt, PositiveInt], ...] = ((1, 7), (3, 33), (4, 64), (8, 16))
     """(batch, sequence) pairs beside the edge cases."""
     max_length: PositiveInt = 1024

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from trainer.config import Recipe
+from trainer.config import Parity, Recipe
 from trainer.errors import UserError
 from trainer.recipe_file import dump_recipe, json_schema, load_recipe, recipe_hash
 
@@ -231,6 +231,23 @@ def test_problems_of_file_and_override_are_told_apart(write):
     found = message(write(GOOD + "seeed: 3\n"), "bench.thread=1")
     assert "r.yaml:13: seeed: unknown key" in found
     assert "override 'bench.thread=1': bench.thread: unknown key; did you mean 'threads'?" in found
+
+
+# ---- gates -----------------------------------------------------------------------------------------------------
+
+
+def test_one_parity_threshold_leaves_the_others_as_they_are(write):
+    recipe = load_recipe(write(GOOD), ["export.parity.int8.relative_rms=0.2", "export.parity.fp32.max_abs=1e-2"])
+    parity, default = recipe.export.parity, Parity()
+    assert parity.int8 == default.int8.model_copy(update={"relative_rms": 0.2})
+    assert parity.fp32 == default.fp32.model_copy(update={"max_abs": 1e-2})
+    assert (default.int8.min_top1, default.fp32.min_top1, default.fp32.relative_rms) == (0.9, 0.999, 1e-5)
+
+
+def test_a_gate_that_passes_everything_is_refused(write):
+    off = ["export.parity.int8.relative_rms=null", "export.parity.int8.min_top1=0"]
+    assert "export.parity.int8: a gate without any limit passes everything" in message(write(GOOD), *off)
+    assert load_recipe(write(GOOD), off[:1]).export.parity.int8.relative_rms is None  # one of two may go
 
 
 # ---- resolved recipes ------------------------------------------------------------------------------------------
