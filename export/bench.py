@@ -42,7 +42,7 @@ _COLUMNS = (  # heading, key of a row, format
     ("peak MiB", "peak_memory_mib", ",.0f"),
     ("file MiB", "file_mib", ".1f"),
 )
-_WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
+_WEIGHTS = "*.safetensors"
 
 
 @dataclass(frozen=True)
@@ -259,7 +259,7 @@ def _shapes(settings: Bench) -> list[tuple[int, int]]:
 
 
 def _weights_mib(model: Path) -> float:
-    return sum(file.stat().st_size for pattern in _WEIGHTS for file in model.glob(pattern)) / 2**20
+    return sum(file.stat().st_size for file in model.glob(_WEIGHTS)) / 2**20
 
 
 def _cpu_model() -> str:

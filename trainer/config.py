@@ -348,13 +348,16 @@ class Parity(Section):
 
 
 Precision = Literal["fp32", "int8"]
+# A folder of this name is replaced as a whole, so it must be one below `export` and no hidden or half-written one.
+ModelName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*(\.[0-9][A-Za-z0-9_-]*)*$")]
 
 
 class Export(Section):
     """Model folders to verified ONNX."""
 
-    models: dict[str, Path | None] = {}
-    """Name to model folder. By default `teacher` (pretrain's) and `student` (distill's), as far as they exist."""
+    models: dict[ModelName, Path | None] = {}
+    """Name to model folder; each is exported to `<run_dir>/export/<name>`. By default `teacher` (pretrain's) and
+    `student` (distill's), as far as they exist."""
     variants: Annotated[tuple[Precision, ...], Field(min_length=1)] = ("fp32", "int8")
     opset: Annotated[int, Field(ge=18, le=23)] = 20
     parity: Parity = Parity()

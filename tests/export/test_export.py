@@ -1,12 +1,15 @@
 """The export stage on real models of every architecture: what it writes, what it refuses, what it leaves on failure."""
 
 import json
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
+import torch
 from transformers import AutoConfig, AutoTokenizer, BertConfig, BertModel
 
 from export import export as stage
@@ -144,6 +147,25 @@ def test_refusals(tmp_path, model_folder, documents):
     too_large = [*documents, np.array([300])]
     with pytest.raises(UserError, match="holds token 300"):
         stage.export_model(Recipe(run_dir=tmp_path), SETTINGS, "m", model_folder("bert"), too_large)
+
+
+def test_weights_in_a_pickle_are_not_opened(model_folder, documents, tmp_path):
+    """The planted pickle would write a file when it is loaded."""
+    folder = tmp_path / "pickled"
+    shutil.copytree(model_folder("bert"), folder)
+    (folder / "model.safetensors").unlink()
+    torch.save({"weights": Planted(tmp_path / "ran")}, folder / "pytorch_model.bin")
+    with pytest.raises(UserError, match=r"pickled holds no model.safetensors"):
+        stage.export_model(Recipe(run_dir=tmp_path), SETTINGS, "m", folder, documents)
+    assert not (tmp_path / "ran").exists() and not (tmp_path / "export").exists()
+
+
+class Planted:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
 
 
 def test_tokenizer_is_needed_where_there_are_no_shards(model_folder, tmp_path):

@@ -250,6 +250,21 @@ def test_a_gate_that_passes_everything_is_refused(write):
     assert load_recipe(write(GOOD), off[:1]).export.parity.int8.relative_rms is None  # one of two may go
 
 
+# ---- names that become folders ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["../pretrain", "..", "", "a/b", "/tmp/x", ".hidden", "teacher.partial", "x.previous"])
+def test_a_model_name_that_is_no_plain_folder_name_is_refused(write, name):
+    text = GOOD + f"export:\n  models: {{{json.dumps(name)}: m}}\n"
+    assert "r.yaml:13: export.models." in message(write(text)) or "r.yaml:14: export.models." in message(write(text))
+
+
+@pytest.mark.parametrize("name", ["teacher", "BERT_base-2", "v1.0", "qwen2.5-0.5B"])
+def test_usual_model_names_are_taken(write, name):
+    text = GOOD + f"export:\n  models: {{{json.dumps(name)}: m}}\n"
+    assert load_recipe(write(text)).exported_models() == {name: Path("m")}
+
+
 # ---- resolved recipes ------------------------------------------------------------------------------------------
 
 
