@@ -4,7 +4,15 @@ Reading YAML and wording its errors is left to `recipe_file`; nothing here does 
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveInt,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Share = Annotated[float, Field(gt=0.0, lt=1.0)]
@@ -62,7 +70,21 @@ class Tokenizer(Section):
     def _trained_or_loaded(self) -> "Tokenizer":
         if (self.type is None) == (self.path is None):
             raise ValueError("give either `type` (train one) or `path` (load one)")
+        ignored = [key for key in self._without_meaning() if key in self.model_fields_set]
+        if ignored:
+            kind = "a tokenizer from `path`" if self.type is None else f"type {self.type}"
+            raise ValueError(f"{' and '.join(ignored)} would change nothing: {kind} brings its own")
         return self
+
+    def _without_meaning(self) -> tuple[str, ...]:
+        if self.path is not None:
+            return ("vocab_size", "max_training_mib")
+        return ("vocab_size",) if self.type == "character" else ()
+
+    @model_serializer(mode="wrap")
+    def _only_what_has_a_meaning(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """A resolved recipe must load again, so it holds no defaults that would be refused if they were written."""
+        return {key: value for key, value in dump(self).items() if key not in self._without_meaning()}
 
 
 class Prepare(Section):

@@ -265,6 +265,29 @@ def test_usual_model_names_are_taken(write, name):
     assert load_recipe(write(text)).exported_models() == {name: Path("m")}
 
 
+# ---- tokenizers ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("section", "said"),
+    [
+        ("{path: t, vocab_size: 90}", "vocab_size would change nothing: a tokenizer from `path` brings its own"),
+        ("{path: t, vocab_size: 8192}", "vocab_size would change nothing"),  # the default, but written down
+        ("{path: t, max_training_mib: 3}", "max_training_mib would change nothing"),
+        ("{type: character, vocab_size: 90}", "vocab_size would change nothing: type character brings its own"),
+    ],
+)
+def test_a_key_that_a_tokenizer_would_ignore_is_refused(write, section, said):
+    assert f"prepare.tokenizer: {said}" in message(write(GOOD.replace("{type: wordpiece}", section)))
+
+
+@pytest.mark.parametrize("section", ["{path: t}", "{type: character}", "{type: unigram, vocab_size: 90}"])
+def test_a_tokenizers_resolved_section_loads_again(write, tmp_path, section):
+    recipe = load_recipe(write(GOOD.replace("{type: wordpiece}", section)))
+    (tmp_path / "again.yaml").write_text(dump_recipe(recipe))
+    assert load_recipe("again.yaml") == recipe
+
+
 # ---- resolved recipes ------------------------------------------------------------------------------------------
 
 
