@@ -13,10 +13,11 @@ from rich.table import Table
 from transformers import PreTrainedTokenizerFast
 
 from trainer.__main__ import stage_main
-from trainer.artifact import content_hash, hash_file, hash_tree, staging, write_artifact, write_json
+from trainer.artifact import hash_tree, staging, write_artifact, write_json
 from trainer.config import Prepare, Recipe
 from trainer.data.corpus import Corpus, collect
 from trainer.data.encoding import write_shards
+from trainer.data.files import hash_tokenizer
 from trainer.data.shards import MANIFEST_FILE
 from trainer.data.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
 from trainer.errors import UserError
@@ -70,8 +71,7 @@ def _tokenizer(prepare: Prepare, corpus: Corpus, progress: Progress) -> tuple[Pr
     config = prepare.tokenizer
     if config.path is not None:
         tokenizer = load_tokenizer(config)
-        origin = content_hash(config.path) if config.path.is_dir() else hash_file(config.path)
-        return tokenizer, {"loaded_from": origin}
+        return tokenizer, {"loaded_from": hash_tokenizer(config.path)}
     task = progress.add_task(f"training {config.type} tokenizer", total=1)
     tokenizer = train_tokenizer(config, lambda: corpus.training_texts(int(config.max_training_mib * _MIB)))
     progress.update(task, completed=1)

@@ -12,7 +12,8 @@ from typing import BinaryIO, Literal
 import numpy as np
 
 from trainer.config import Prepare, Source
-from trainer.data.sources import BadDocument, Document, find_files, read_file, source_names
+from trainer.data.files import find_files, source_names
+from trainer.data.sources import BadDocument, Document, read_file
 from trainer.errors import UserError
 
 Split = Literal["train", "validation"]
