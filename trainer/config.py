@@ -218,6 +218,36 @@ class Training(Section):
         return self
 
 
+# Keys of a stage that trains which may change between two attempts at one run: they move no sample and no number
+# (micro_batch_size, the strategy and the kernels: up to the rounding of another order of summation).
+FREE_KEYS = frozenset(
+    {
+        "micro_batch_size",
+        "gradient_checkpointing",
+        "compile",
+        "attention",
+        "cross_entropy",
+        "engine",
+        "checkpoint",
+        "max_bad_steps",
+        "loss_spike",
+        "eval_every_steps",
+        "eval_sequences",
+        "log_every_steps",
+        "save_every_steps",
+        "keep_last",
+        "resume",
+    }
+)
+
+
+def deciding_settings(stage: Training) -> dict[str, Any]:
+    """The settings of a stage that its model depends on, as a tree of plain values."""
+    settings = {key: value for key, value in stage.model_dump(mode="json").items() if key not in FREE_KEYS}
+    settings["optim"] = {key: value for key, value in settings["optim"].items() if key != "backend"}
+    return settings
+
+
 def nearest_multiples(value: int, of: int) -> str:
     """The three multiples of `of` nearest to `value`, as text for a message."""
     middle = max(2, round(value / of))
