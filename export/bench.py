@@ -34,6 +34,7 @@ from trainer.artifact import ARTIFACT_FILE, content_hash, hash_file, read_artifa
 from trainer.config import Backend, Bench, Recipe
 from trainer.environment import launch_command
 from trainer.errors import GateFailed, UserError
+from trainer.recipe_file import require_section
 
 _COLUMNS = (  # heading, key of a row, format
     ("p50 ms", "p50_ms", ".2f"),
@@ -67,8 +68,8 @@ def run(recipe: Recipe) -> None:
     Rows without passed parity evidence are refused and rows that never settle are unstable, both with the reason.
     Raises GateFailed, after writing the report, if a backend failed.
     """
-    if recipe.bench is None:
-        raise UserError("the recipe has no section bench", "bench:", "add `bench: {}` for the defaults")
+    require_section(recipe, "bench")
+    assert recipe.bench is not None
     models = recipe.exported_models()
     if not models:
         raise UserError("there is no model to measure", "pretrain, distill or export.models", "name one in the recipe")

@@ -20,11 +20,10 @@ from trainer.data.encoding import write_shards
 from trainer.data.files import hash_tokenizer
 from trainer.data.shards import MANIFEST_FILE
 from trainer.data.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
-from trainer.errors import UserError
-from trainer.recipe_file import recipe_hash
+from trainer.environment import launch_command
+from trainer.recipe_file import recipe_hash, require_section
 
 _MIB = 2**20
-_COMMAND = "lmworks prepare"
 
 
 def run(recipe: Recipe) -> None:
@@ -33,8 +32,8 @@ def run(recipe: Recipe) -> None:
     The same recipe and data give the same bytes. This is the work of one process: under a launcher (WORLD_SIZE > 1)
     rank 0 does it, and the others return at once without waiting for it.
     """
-    if recipe.prepare is None:
-        raise UserError("the recipe has no section `prepare`", "its sources and tokenizer", "add the section")
+    require_section(recipe, "prepare")
+    assert recipe.prepare is not None
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and os.environ.get("RANK", "0") != "0":
         return
     # The two renames follow each other at once; TokenShards.require_tokenizer notices a crash between them.
@@ -59,7 +58,7 @@ def _prepare(prepare: Prepare, data: Path, tokenizer_dir: Path, progress: Progre
         "tokenizer",
         recipe_sha256=recipe_sha256,
         parents=made_from,
-        evidence=[{"what": "tokenizer", "metrics": manifest["tokenizer"], "command": _COMMAND}],
+        evidence=[{"what": "tokenizer", "metrics": manifest["tokenizer"], "command": launch_command()}],
         about={"vocab_size": len(tokenizer)},
     )
     write_artifact(data, "token_shards", recipe_sha256=recipe_sha256, parents={"tokenizer": tokenizer_sha256})

@@ -142,7 +142,7 @@ def test_refusals(tmp_path, model_folder, documents):
     for section, message in cases:
         with pytest.raises(UserError, match=message):
             stage.run(Recipe.model_validate({"run_dir": tmp_path, "export": section}))
-    with pytest.raises(UserError, match="no section export"):
+    with pytest.raises(UserError, match="no `export` section"):
         stage.run(Recipe(run_dir=tmp_path))
     too_large = [*documents, np.array([300])]
     with pytest.raises(UserError, match="holds token 300"):

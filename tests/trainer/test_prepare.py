@@ -246,9 +246,11 @@ def test_a_loaded_tokenizer_is_taken_as_it_is(tmp_path):
 def test_two_runs_give_the_same_bytes(tmp_path):
     path = write_recipe(tmp_path)
     for run, hash_seed in (("one", "1"), ("two", "2")):
-        command = [sys.executable, "-m", "trainer.prepare", str(path), f"run_dir={tmp_path / run}"]
+        (tmp_path / run).mkdir()  # and the same command, which is a part of the evidence
+        command = [sys.executable, "-m", "trainer.prepare", str(path), "run_dir=."]
         environment = os.environ | {"PYTHONHASHSEED": hash_seed, "RAYON_NUM_THREADS": hash_seed}
-        done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
+        environment["PYTHONPATH"] = str(REPOSITORY)
+        done = subprocess.run(command, cwd=tmp_path / run, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
     assert files(tmp_path / "one") == files(tmp_path / "two") and len(files(tmp_path / "one")) > 10
 
@@ -271,6 +273,44 @@ def test_a_kill_leaves_nothing_half_and_the_next_run_ends_alike(tmp_path):
     assert any(kill["left"]["data"] is None for kill in found["killed"])
 
 
+HOLDER = """
+import sys
+from pathlib import Path
+from trainer.artifact import alone_in
+with alone_in(Path(sys.argv[1])):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize("verb", ["prepare", "run"])
+def test_a_second_process_in_the_same_folder_is_told(tmp_path, capsys, verb):
+    path = write_recipe(tmp_path, type="character")
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(tmp_path / "run" / "prepare")],
+        cwd=REPOSITORY,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    assert holder.stdout.readline() == b"held\n"
+    assert main([verb, str(path)]) == 2
+    assert f"lmworks {verb}: another process is at work in {tmp_path}/run/prepare" in capsys.readouterr().err
+    holder.kill()  # whatever ends the process ends its hold
+    holder.wait()
+    assert main([verb, str(path)]) == 0
+    assert sorted(file.name for file in (tmp_path / "run" / "prepare").iterdir()) == ["data", "tokenizer"]
+
+
+def test_the_evidence_names_the_recipe(tmp_path, monkeypatch):
+    path = write_recipe(tmp_path, type="character")
+    monkeypatch.chdir(tmp_path)
+    command = ["lmworks", "prepare", str(path), "prepare.validation_fraction=0.3"]
+    monkeypatch.setattr(sys, "argv", command)
+    assert main(command[1:]) == 0
+    (evidence,) = read_artifact(recipe_of(path).tokenizer_dir)["evidence"]
+    assert evidence["command"] == "lmworks prepare recipe.yaml prepare.validation_fraction=0.3"
+
+
 @pytest.mark.parametrize(("rank", "works"), [("0", True), ("1", False)])
 def test_only_rank_0_works(tmp_path, monkeypatch, rank, works):
     recipe = recipe_of(write_recipe(tmp_path, type="character"))
@@ -287,5 +327,5 @@ def test_errors_are_one_message_and_leave_nothing(tmp_path, capsys):
     message = capsys.readouterr().err
     assert f"{tmp_path}/texts/bad.txt:2" in message and "text-2" in message and "on_bad_document: skip" in message
     assert not list((tmp_path / "run" / "prepare").iterdir())
-    with pytest.raises(UserError, match="no section `prepare`"):
+    with pytest.raises(UserError, match="no `prepare` section"):
         prepare.run(Recipe(run_dir=tmp_path))
