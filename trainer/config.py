@@ -41,7 +41,8 @@ class Source(Section):
     document: Literal["file", "line", "block"] = "file"
     """text: what one document is: a whole file, a line, or a block between blank lines."""
     weight: Positive = 1.0
-    """How many times an epoch goes over this source; a fraction takes a fixed, hash-chosen part."""
+    """How many times an epoch goes over this source; a fraction takes a fixed part, by the documents' hashes.
+    Validation has each document once."""
     split: Literal["hash", "train", "validation"] = "hash"
     """hash: by document hash (see `validation_fraction`); else all documents go to the named split."""
     on_bad_document: Literal["error", "skip"] = "error"

@@ -147,7 +147,7 @@ def test_missing_text_stops_before_anything_runs(ran, own_text):
     with pytest.raises(UserError, match="matches no text file"):
         chain.run(recipe)
     assert ran == []
-    assert list(chain.preview(recipe))[0].startswith(f"prepare: would stop: '{folder}' matches no text file")
+    assert next(chain.preview(recipe)).startswith(f"prepare: would stop: '{folder}' matches no text file")
 
 
 def test_keys_that_move_no_number_run_nothing_again(ran, recipe):

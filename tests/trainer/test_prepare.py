@@ -16,6 +16,7 @@ from trainer import prepare
 from trainer.__main__ import main
 from trainer.artifact import hash_file, hash_tree, read_artifact
 from trainer.config import Recipe
+from trainer.data.corpus import document_digest, rank_of
 from trainer.data.shards import TokenShards
 from trainer.errors import UserError
 
@@ -159,10 +160,12 @@ def test_the_manifest_says_what_is_there(tmp_path, capsys):
         assert (counts["documents"], counts["tokens"]) == (len(shards), shards.lengths_D.sum())
         texts = [tokenizer.decode(shards.read(index)) for index in range(len(shards))]
         assert counts["characters"] == counts["bytes"] == sum(map(len, texts))
+        assert shards.digests_D.tolist() == [rank_of(document_digest(text.encode())) for text in texts]
         documents += texts
         for shard in counts["shards"]:
             assert shard["tokens"] <= 2048
-            hashes = {part: hash_file(recipe.data_dir / f"{shard['file']}.{part}") for part in ("bin", "idx")}
+            parts = ("bin", "idx", "digests")
+            hashes = {part: hash_file(recipe.data_dir / f"{shard['file']}.{part}") for part in parts}
             assert shard["sha256"] == hashes
     lines = (tmp_path / "texts" / "a.jsonl").read_text().split("\n")[:200]
     texts = [text for number in range(5) for text in (tmp_path / "texts" / f"{number}.txt").read_text().split("\n\n")]

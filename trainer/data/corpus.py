@@ -42,7 +42,7 @@ class Corpus:
     def __init__(self, folder: Path, sources: list[SourceCounts]) -> None:
         self.folder = folder
         self.sources = sources
-        self._rank_D = array("Q")  # training documents: a part of the hash that decides the order below
+        self._rank_D = array("Q")  # training documents: what decides the order below
         self._bytes_D = array("Q")
 
     def texts(self, split: Split, source: int) -> Iterator[str]:
@@ -67,8 +67,7 @@ class Corpus:
 
     def note_training(self, digest: bytes, size_bytes: int) -> None:
         """Remember the place of a training document in hash order, and its size."""
-        # The first half of the digest decides the split; the order must be independent of it.
-        self._rank_D.append(int.from_bytes(digest[8:], "big"))
+        self._rank_D.append(rank_of(digest))
         self._bytes_D.append(size_bytes)
 
     def _records(self, split: Split, source: int) -> Iterator[bytes]:
@@ -106,6 +105,11 @@ def collect(
 def document_digest(utf8: bytes) -> bytes:
     """16 bytes that stand for a text."""
     return hashlib.blake2b(utf8, digest_size=_DIGEST_BYTES).digest()
+
+
+def rank_of(digest: bytes) -> int:
+    """The half of a digest that does not choose the split, for whatever else is drawn by a document's text."""
+    return int.from_bytes(digest[8:], "big")
 
 
 def split_of(digest: bytes, validation_fraction: float) -> Split:
