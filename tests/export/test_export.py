@@ -107,8 +107,9 @@ def test_stage_exports_a_foreign_folder_on_the_standard_librarys_text(model_fold
     assert outputs["logits"].shape == (1, 3, 300)
 
 
-def test_text_comes_from_the_validation_split(tmp_path):
-    """Evenly over all its documents, as those of one source stand together; never from the training split."""
+@pytest.fixture
+def prepared_lines(tmp_path):
+    """A recipe that is prepared, on a file of 200 lines."""
     text = tmp_path / "text.txt"
     text.write_text("\n".join(f"line {number} of the text" for number in range(200)))
     recipe = Recipe.model_validate(
@@ -122,12 +123,33 @@ def test_text_comes_from_the_validation_split(tmp_path):
         }
     )
     prepare.run(recipe)
+    return recipe, text
+
+
+def test_text_comes_from_the_validation_split(prepared_lines):
+    """Evenly over all its documents, as those of one source stand together; never from the training split."""
+    recipe, text = prepared_lines
+    text.unlink()  # a model with the run's own vocabulary needs nothing but the shards
     shards = TokenShards.open(recipe.data_dir, "validation")
     assert len(shards) > 40
-    few = load_documents(recipe, tmp_path, limit=10)
+    few = load_documents(recipe, recipe.tokenizer_dir, limit=10)
     step = -(-len(shards) // 10)
     assert [ids.tolist() for ids in few] == [shards.read(i).tolist() for i in range(0, len(shards), step)]
-    assert len(load_documents(recipe, tmp_path)) == len(shards)
+    assert len(load_documents(recipe, recipe.tokenizer_dir)) == len(shards)
+
+
+def test_a_model_with_another_vocabulary_gets_the_validation_text_in_its_own_tokens(prepared_lines, model_folder):
+    recipe, text = prepared_lines
+    foreign = model_folder("bert")
+    theirs, ours = (AutoTokenizer.from_pretrained(folder) for folder in (foreign, recipe.tokenizer_dir))
+    shards = TokenShards.open(recipe.data_dir, "validation")
+    lines = [ours.decode(shards.read(index)) for index in range(len(shards))]
+    expected = theirs(lines, add_special_tokens=False)["input_ids"]
+    assert [ids.tolist() for ids in load_documents(recipe, foreign)] == expected
+    assert len(load_documents(recipe, foreign, limit=7)) == 7
+    text.unlink()
+    with pytest.raises(UserError, match=r"bert-0 reads other tokens .* has id .*, and its text is gone: .*text.txt"):
+        load_documents(recipe, foreign)
 
 
 def test_refusals(tmp_path, model_folder, documents):

@@ -102,6 +102,22 @@ def collect(
     return corpus
 
 
+def validation_texts(prepare: Prepare, per_source: int) -> Iterator[str]:
+    """Up to `per_source` validation documents of each source, read anew from its files.
+
+    The documents that `collect` keeps, but for repetitions; bad ones are passed over. UserError where files are gone.
+    """
+    for source in prepare.sources:
+        left = 0 if source.split == "train" else per_source
+        documents = (document for path in find_files(source) for document in read_file(source, path))
+        while left and (document := next(documents, None)) is not None:
+            if isinstance(document, BadDocument) or document.characters < prepare.min_document_characters:
+                continue
+            if _split(source, document_digest(document.utf8), prepare) == "validation":
+                left -= 1
+                yield document.utf8.decode("utf-8")
+
+
 def document_digest(utf8: bytes) -> bytes:
     """16 bytes that stand for a text."""
     return hashlib.blake2b(utf8, digest_size=_DIGEST_BYTES).digest()
@@ -153,14 +169,17 @@ def _take(
             count.dropped["duplicate"] += 1
             return
         seen.add(digest)
-    wanted = count.source.split
-    split = split_of(digest, prepare.validation_fraction) if wanted == "hash" else wanted
+    split = _split(count.source, digest, prepare)
     count.documents_kept += 1
     count.content.update(digest)
     files[split].write(len(document.utf8).to_bytes(_LENGTH_BYTES, "little"))
     files[split].write(document.utf8)
     if split == "train":
         corpus.note_training(digest, len(document.utf8))
+
+
+def _split(source: Source, digest: bytes, prepare: Prepare) -> Split:
+    return split_of(digest, prepare.validation_fraction) if source.split == "hash" else source.split
 
 
 def _refuse_or_count(bad: BadDocument, count: SourceCounts) -> None:
