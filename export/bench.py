@@ -34,6 +34,7 @@ from trainer.artifact import ARTIFACT_FILE, content_hash, hash_file, read_artifa
 from trainer.config import Backend, Bench, Recipe
 from trainer.environment import launch_command
 from trainer.errors import GateFailed, UserError
+from trainer.recipe_file import require_section
 
 _COLUMNS = (  # heading, key of a row, format
     ("p50 ms", "p50_ms", ".2f"),
@@ -42,7 +43,7 @@ _COLUMNS = (  # heading, key of a row, format
     ("peak MiB", "peak_memory_mib", ",.0f"),
     ("file MiB", "file_mib", ".1f"),
 )
-_WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
+_WEIGHTS = "*.safetensors"
 
 
 @dataclass(frozen=True)
@@ -67,8 +68,8 @@ def run(recipe: Recipe) -> None:
     Rows without passed parity evidence are refused and rows that never settle are unstable, both with the reason.
     Raises GateFailed, after writing the report, if a backend failed.
     """
-    if recipe.bench is None:
-        raise UserError("the recipe has no section bench", "bench:", "add `bench: {}` for the defaults")
+    require_section(recipe, "bench")
+    assert recipe.bench is not None
     models = recipe.exported_models()
     if not models:
         raise UserError("there is no model to measure", "pretrain, distill or export.models", "name one in the recipe")
@@ -259,7 +260,7 @@ def _shapes(settings: Bench) -> list[tuple[int, int]]:
 
 
 def _weights_mib(model: Path) -> float:
-    return sum(file.stat().st_size for pattern in _WEIGHTS for file in model.glob(pattern)) / 2**20
+    return sum(file.stat().st_size for file in model.glob(_WEIGHTS)) / 2**20
 
 
 def _cpu_model() -> str:

@@ -5,15 +5,16 @@ Shape letters: B batch, T sequence length.
 """
 
 import sysconfig
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from export.io_spec import IoSpec
-from trainer.config import Recipe
+from trainer.config import Prepare, Recipe
 from trainer.errors import UserError
 
 Documents = Sequence[np.ndarray]
@@ -37,12 +38,16 @@ class Case:
 def load_documents(recipe: Recipe, model: Path, limit: int = _MAX_DOCUMENTS) -> list[np.ndarray]:
     """Token ids (int64) of up to `limit` documents: of the recipe's validation split, else the standard library's text.
 
-    Raises UserError when neither can be had: no shards yet, or no tokenizer in the model's folder.
+    A model with another vocabulary than the shards' gets the same text in its own tokens, read anew from the sources.
+    Raises UserError when no text can be had: no shards yet, no files any more, or no tokenizer in the model's folder.
     """
     if recipe.prepare is None:
         return stdlib_documents(model)[:limit]
     from trainer.data.shards import TokenShards
 
+    difference = vocabulary_difference(model, recipe.tokenizer_dir)
+    if difference:
+        return _validation_text_of(recipe, recipe.prepare, model, difference, limit)
     shards = TokenShards.open(recipe.data_dir, "validation")
     step = max(1, -(-len(shards) // limit))  # evenly spaced, as the documents of one source stand together
     documents = [shards.read(index) for index in range(0, len(shards), step)]
@@ -53,15 +58,50 @@ def load_documents(recipe: Recipe, model: Path, limit: int = _MAX_DOCUMENTS) -> 
 
 def stdlib_documents(model: Path) -> list[np.ndarray]:
     """Source files of Python's standard library in the tokens of the model's own tokenizer."""
+    tokenizer = _open_tokenizer(model)
+    files = islice(sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")), _STDLIB_FILES)
+    return _encode(tokenizer, (file.read_text(encoding="utf-8", errors="replace") for file in files))
+
+
+def vocabulary_difference(model: Path, tokenizer: Path) -> str:
+    """The first token that has another id in the model's own tokenizer than in another one; nothing if none has."""
+    theirs, ours = (_open_tokenizer(folder).get_vocab() for folder in (model, tokenizer))
+    if theirs == ours:
+        return ""
+    token = min(dict(theirs.items() ^ ours.items()))
+    return f"{token!r} has id {theirs.get(token)} there, {ours.get(token)} in the run's data"
+
+
+def _validation_text_of(recipe: Recipe, prepare: Prepare, model: Path, difference: str, limit: int) -> list[np.ndarray]:
+    """The recipe's validation text in the tokens of a model that came from elsewhere."""
+    from trainer.data.corpus import validation_texts
+
+    each = max(1, limit // len(prepare.sources))
+    try:
+        documents = _encode(_open_tokenizer(model), validation_texts(prepare, each))
+    except UserError as error:
+        found = str(error).split("\n")[0]
+        raise UserError(
+            f"{model} reads other tokens than {recipe.data_dir} holds ({difference}), and its text is gone: {found}",
+            "the text of prepare.sources, to encode it anew",
+            "bring the files back, or export this model with a recipe without `prepare`",
+        ) from None
+    if not documents:
+        raise UserError(f"no validation text for {model}", "some in prepare.sources", "raise validation_fraction")
+    return documents
+
+
+def _open_tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
-    if not any((model / name).is_file() for name in ("tokenizer.json", "vocab.txt", "vocab.json", "spiece.model")):
-        raise UserError(f"{model} has no tokenizer files", "a tokenizer beside the model", "save it into that folder")
-    tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True)
-    files = islice(sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")), _STDLIB_FILES)
-    texts = [file.read_text(encoding="utf-8", errors="replace") for file in files]
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.txt", "vocab.json", "spiece.model")):
+        raise UserError(f"{folder} has no tokenizer files", "a tokenizer beside the model", "save it into that folder")
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+
+
+def _encode(tokenizer: Any, texts: Iterable[str]) -> list[np.ndarray]:
     encoded = (tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] for text in texts if text)
-    return [np.asarray(ids, dtype=np.int64) for ids in encoded]
+    return [np.asarray(ids, dtype=np.int64) for ids in encoded if ids]
 
 
 def make_cases(

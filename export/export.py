@@ -19,7 +19,7 @@ from trainer.artifact import content_hash, hash_file, staging, write_artifact
 from trainer.config import Export, Recipe
 from trainer.environment import launch_command
 from trainer.errors import UserError
-from trainer.recipe_file import recipe_hash
+from trainer.recipe_file import recipe_hash, require_section
 
 # What a server needs beside the graph: everything of a transformers folder that is not weights or our own records.
 _BESIDE = ("*.json", "*.txt", "*.model", "*.jinja")
@@ -28,8 +28,8 @@ _NOT_BESIDE = ("artifact.json", "*.safetensors.index.json", "*.bin.index.json", 
 
 def run(recipe: Recipe) -> None:
     """Export every model of the recipe to `<run_dir>/export/<name>`; GateFailed if one differs from its source."""
-    if recipe.export is None:
-        raise UserError("the recipe has no section export", "export:", "add `export: {}` for the defaults")
+    require_section(recipe, "export")
+    assert recipe.export is not None
     models = recipe.exported_models()
     if not models:
         raise UserError("there is no model to export", "pretrain, distill or export.models", "name one in the recipe")

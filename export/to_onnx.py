@@ -30,10 +30,19 @@ _TRACED_BATCH, _TRACED_LENGTH = 2, 24
 
 
 def load_model(folder: Path, spec: IoSpec) -> torch.nn.Module:
-    """The model of a folder as it is served: fp32, evaluation mode, on the CPU."""
+    """The model of a folder as it is served: fp32, evaluation mode, on the CPU.
+
+    UserError for a folder without safetensors: its weights could only be a pickle, which runs code when it is opened.
+    """
+    if not any(folder.glob("*.safetensors")):
+        raise UserError(
+            f"{folder} holds no model.safetensors",
+            "weights as safetensors; pickles such as pytorch_model.bin are not opened",
+            "load the model where you trust it, and save_pretrained it again",
+        )
     transformers_logging.disable_progress_bar()
     model = _LOADERS[spec.task].from_pretrained(
-        folder, local_files_only=True, dtype=torch.float32, attn_implementation="sdpa"
+        folder, local_files_only=True, use_safetensors=True, dtype=torch.float32, attn_implementation="sdpa"
     )
     return model.eval()
 

@@ -1,5 +1,6 @@
 """Things many tests need: where public data lies, tokens that stand in for a prepared corpus, a tiny tokenizer."""
 
+import hashlib
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,12 +32,15 @@ class TokensInMemory:
     sources: list[dict] = field(default_factory=lambda: [{"name": "text-0", "weight": 1.0}])
     end_of_document: int | None = None
     source_D: np.ndarray | None = None
+    split: str = "train"
 
     def __post_init__(self):
         self.lengths_D = np.array([len(document) for document in self.documents], dtype=np.int64)
         if self.source_D is None:
             self.source_D = np.zeros(len(self.documents), dtype=np.uint16)
         self.manifest = {"end_of_document": self.end_of_document}
+        digests = [hashlib.blake2b(repr(document).encode(), digest_size=8).digest() for document in self.documents]
+        self.digests_D = np.array([int.from_bytes(digest, "big") for digest in digests], dtype=np.uint64)
 
     def __len__(self):
         return len(self.documents)

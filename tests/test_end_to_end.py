@@ -1,6 +1,8 @@
 """The whole chain on tiny models and real components: text in, verified and measured ONNX and a report out."""
 
 import json
+import os
+import signal
 
 import numpy as np
 import onnxruntime
@@ -8,6 +10,8 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
 
 from trainer.__main__ import main
+from trainer.artifact import read_artifact
+from trainer.engine import loop
 
 
 @pytest.mark.parametrize("architecture", ["bert", "gpt2"])
@@ -40,6 +44,41 @@ def test_the_chain(tiny_recipe, tmp_path, capsys, architecture):
     assert main(["run", str(recipe)]) == 0
     chain = json.loads((run_dir / "chain.json").read_text())["stages"]
     assert all(stage["skipped"] for stage in chain.values())
+
+
+def test_the_chain_trains_a_changed_stage_anew_and_goes_on_with_a_stopped_one(
+    tiny_recipe, tmp_path, capfd, monkeypatch
+):
+    tree = tiny_recipe(tmp_path / "run")
+    del tree["distill"]
+    recipe, stage = tmp_path / "recipe.yaml", tmp_path / "run" / "pretrain"
+    recipe.write_text(json.dumps(tree))
+
+    def steps_of_checkpoints(folder):
+        return sorted(int(path.name.removeprefix("step-")) for path in (stage / folder).glob("step-*"))
+
+    assert main(["run", str(recipe)]) == 0
+    assert steps_of_checkpoints("checkpoints") == [8, 12]
+
+    changed = ["run", str(recipe), "pretrain.max_steps=10", "pretrain.optim.learning_rate=1e-3"]
+    real = loop.take_step
+    with monkeypatch.context() as patch:  # the changed stage is stopped in the middle
+        patch.setattr(loop, "take_step", lambda run, step, *rest: (step == 5 and stop(), real(run, step, *rest))[1])
+        assert main(changed) == 75
+    assert (steps_of_checkpoints("checkpoints-aside"), steps_of_checkpoints("checkpoints")) == ([8, 12], [4, 6])
+    said = capfd.readouterr().err
+    assert "optim.learning_rate: 0.005 there, 0.001 now" in said and "pretrain begins at step 0" in said
+    assert read_artifact(stage / "model")["about"]["steps"] == 12  # the old model stays until there is a new one
+
+    assert main([*changed, "pretrain.log_every_steps=2"]) == 0  # and goes on where it was, also with other free keys
+    assert [path.name for path in sorted(stage.glob("checkpoints*"))] == ["checkpoints", "checkpoints-aside"]
+    events = [json.loads(line) for line in (stage / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in events if row["event"] == "resume"] == [6]
+    assert read_artifact(stage / "model")["about"]["steps"] == 10
+
+
+def stop():
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def assert_opens_elsewhere(run_dir, architecture):

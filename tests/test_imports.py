@@ -29,6 +29,7 @@ WALLS = {
 # These stand on nothing heavy, so that --dry-run answers at once on a login node.
 LIGHT = ("trainer/__init__.py", "trainer/__main__.py", "trainer/config.py", "trainer/errors.py", "trainer/artifact.py",
          "trainer/environment.py", "trainer/recipe_file.py", "trainer/schema.py", "trainer/doctor.py",
+         "trainer/chain.py", "trainer/data/__init__.py", "trainer/data/files.py", "trainer/data/bytestream.py",
          "trainer/engine/__init__.py", "trainer/engine/launch.py", "trainer/engine/zero.py",
          "trainer/engine/zero_facts.py", "trainer/plan.py", "trainer/planning/__init__.py",
          "trainer/planning/activations.py", "trainer/planning/case.py", "trainer/planning/cost.py",

@@ -47,6 +47,25 @@ def test_dry_run_prints_a_recipe_that_loads_again(verb, tmp_path, capsys):
     assert load_recipe(str(again)) == load_recipe("quickstart")
 
 
+def test_dry_run_of_the_chain_says_what_each_stage_would_do(capsys, tmp_path):
+    assert main(["run", "quickstart", f"run_dir={tmp_path}", "--dry-run"]) == 0
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("# ")]
+    assert [line.split(":")[0] for line in said] == [
+        "# prepare", "# pretrain", "# distill", "# export", "# bench", "# report"
+    ]  # fmt: skip
+    assert all("would run" in line for line in said)
+
+
+@pytest.mark.parametrize("verb", ["distill", "export", "bench"])
+def test_a_missing_section_is_named_alike_by_the_verb_and_its_dry_run(capsys, tmp_path, verb):
+    said = []
+    for more in ([], ["--dry-run"]):
+        assert main([verb, "shakespeare-char", f"run_dir={tmp_path}", *more]) == 2
+        said.append(capsys.readouterr().err)
+    assert said[0] == said[1] and f"the recipe has no `{verb}` section" in said[0]
+    assert not list(tmp_path.iterdir())
+
+
 def test_dry_run_needs_no_torch():
     code = (
         "import sys; from trainer.__main__ import main; main(['pretrain', 'quickstart', '--dry-run']);"

@@ -2,16 +2,19 @@
 Every verb's work is in its own module; here are only arguments, exit codes and the one-message rule for errors."""
 
 import argparse
+import contextlib
 import importlib
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from trainer.artifact import alone_in
+from trainer.config import Recipe
 from trainer.engine.launch import ensure_ranks, leave
 from trainer.errors import EXIT_INTERRUPTED, Preempted, UserError
-from trainer.recipe_file import dump_recipe, load_recipe
+from trainer.recipe_file import dump_recipe, load_recipe, require_section
 
 
 @dataclass(frozen=True)
@@ -63,11 +66,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         elif arguments.dry_run:
             recipe = load_recipe(arguments.recipe, arguments.overrides)
             print(dump_recipe(recipe), end="")
-            print(f"# would: {verb.does}; run folder {recipe.run_dir}")
+            for line in _would(arguments.verb, recipe):
+                print(f"# {line}")
         else:
             names = [flag.lstrip("-") for flag in verb.flags] + ["what"] * bool(verb.what)
             flags = {name: getattr(arguments, name) for name in names}
-            importlib.import_module(verb.module).run(load_recipe(arguments.recipe, arguments.overrides), **flags)
+            recipe = load_recipe(arguments.recipe, arguments.overrides)
+            with _claimed(arguments.verb, recipe):
+                importlib.import_module(verb.module).run(recipe, **flags)
     except UserError as error:
         print(f"lmworks {arguments.verb}: {error}", file=sys.stderr)
         return error.exit_code
@@ -84,6 +90,28 @@ def stage_main(verb: str) -> None:
     """Entry of `python -m trainer.<verb>` and `accelerate launch -m trainer.<verb>`."""
     ensure_ranks()
     leave(main([verb, *sys.argv[1:]]))
+
+
+def _would(verb: str, recipe: Recipe) -> Iterator[str]:
+    """What a verb would do with the recipe; UserError where it would refuse it at once."""
+    if verb == "run":
+        yield from importlib.import_module("trainer.chain").preview(recipe)
+        return
+    if _is_stage(verb):
+        require_section(recipe, verb)
+    yield f"would: {VERBS[verb].does}; run folder {recipe.run_dir}"
+
+
+def _claimed(verb: str, recipe: Recipe) -> contextlib.AbstractContextManager[None]:
+    """A stage has its folder to itself; the chain claims those of its stages one by one."""
+    if not _is_stage(verb):
+        return contextlib.nullcontext()
+    require_section(recipe, verb)
+    return alone_in(recipe.stage_dir(verb))
+
+
+def _is_stage(verb: str) -> bool:
+    return verb in Recipe.model_fields
 
 
 def _parser() -> argparse.ArgumentParser:

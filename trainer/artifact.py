@@ -2,6 +2,8 @@
 What is inside a folder (weights, shards, graphs) is the business of whoever writes it."""
 
 import contextlib
+import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -17,6 +19,8 @@ ARTIFACT_FILE = "artifact.json"
 # Written after the content was hashed, so they are no part of it: lineage must not change with a report.
 NOT_CONTENT = frozenset({ARTIFACT_FILE, "README.md"})
 _CHUNK_BYTES = 1 << 20
+# What file systems say that cannot lock a folder: NFS (flock(2): it needs a file opened for writing), some Lustres.
+_NO_LOCKS = (errno.EBADF, errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 _VERSIONED = ("lmworks", "torch", "transformers", "accelerate", "tokenizers", "onnx", "onnxruntime", "numpy")
 
 
@@ -159,6 +163,41 @@ def versions() -> dict[str, str]:
         with contextlib.suppress(metadata.PackageNotFoundError):
             found[name] = metadata.version(name)
     return found
+
+
+@contextlib.contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Hold a stage's folder while the block runs; UserError if another process holds it.
+
+    The lock is the system's own, on the folder itself: it leaves no file behind and ends with its process, however
+    that ends. Of several ranks the first holds it for all. A file system without such locks (NFS) is left unguarded.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if os.environ.get("RANK", "0") != "0":
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise UserError(
+            f"another process is at work in {folder}", "one at a time", "let it end, or take another run_dir"
+        ) from None
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            os.close(descriptor)
+            raise
+    try:
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def free_name(path: Path) -> Path:
+    """The path itself, or with the first number behind it under which nothing is there."""
+    candidates = [path, *(path.with_name(f"{path.name}-{number}") for number in range(2, 1000))]
+    return next(candidate for candidate in candidates if not candidate.exists())
 
 
 def _beside(target: Path, suffix: str) -> Path:

@@ -1,19 +1,32 @@
 """The `run` verb: all stages of a recipe in order, leaving out those whose recipe and inputs did not change.
-It knows the order of the stages and nothing of what they do."""
+It knows the order of the stages and nothing of what they do; nothing heavy is imported, so that a dry run can ask."""
 
 import hashlib
 import importlib
 import json
 import os
+import platform
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from rich.console import Console
 
-from trainer.artifact import ARTIFACT_FILE, content_hash, read_artifact, versions, write_json
-from trainer.config import Recipe
-from trainer.errors import UserError
+from trainer.artifact import (
+    ARTIFACT_FILE,
+    alone_in,
+    content_hash,
+    free_name,
+    hash_file,
+    read_artifact,
+    versions,
+    write_json,
+)
+from trainer.config import Prepare, Recipe, Training, deciding_settings
+from trainer.data.files import find_files, hash_tokenizer, stamp
+from trainer.errors import OtherRun, UserError
 
 # Stage, its module, what it leaves behind, the stages whose results it reads.
 STAGES: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
@@ -33,34 +46,113 @@ def run(recipe: Recipe) -> None:
             "one process for the chain",
             "launch a training stage by itself: accelerate launch -m trainer.pretrain RECIPE",
         )
-    console = Console(stderr=True)
+    console = Console(stderr=True, highlight=False)
     record = _read(recipe)
-    for stage, (module, _, _) in STAGES.items():
-        if getattr(recipe, stage) is None:
-            continue
-        key = stage_key(recipe, stage)
-        if record.get(stage, {}).get("key") == key and _is_there(recipe, stage):
-            console.print(f"{stage}: up to date", highlight=False)
-            record[stage]["skipped"] = True
-        else:
+    for stage in _asked(recipe):
+        if due(recipe, stage, record.get(stage)):
             console.rule(stage)
             began = time.perf_counter()
-            importlib.import_module(module).run(recipe)
+            with alone_in(recipe.stage_dir(stage)):
+                key = stage_key(recipe, stage)
+                _run_stage(recipe, stage, console)
             seconds = round(time.perf_counter() - began, 3)
-            record[stage] = {"key": stage_key(recipe, stage), "seconds": seconds, "skipped": False}
+            record[stage] = {"made_from": key, "outputs": outputs(recipe, stage), "seconds": seconds, "skipped": False}
+        else:
+            console.print(f"{stage}: up to date")
+            record[stage]["skipped"] = True
         write_json(recipe.run_dir / "chain.json", {"stages": record})
     importlib.import_module("export.report").run(recipe)
 
 
-def stage_key(recipe: Recipe, stage: str) -> str:
-    """Hash of all that a stage's result depends on: its section, the seed, versions, and its inputs' contents."""
-    section = getattr(recipe, stage).model_dump(mode="json")
+def preview(recipe: Recipe) -> Iterator[str]:
+    """What `run` would do, a line for each stage, and why."""
+    record = _read(recipe)
+    before: list[str] = []
+    for stage in _asked(recipe):
+        first = [parent for parent in STAGES[stage][2] if parent in before]
+        try:
+            reason = due(recipe, stage, record.get(stage))
+        except UserError as error:
+            yield f"{stage}: would stop: {error}".replace("\n", "; ")
+            return
+        if reason:
+            yield f"{stage}: would run: {reason}"
+        elif first:
+            yield f"{stage}: would run if {first[-1]} gives another result than before"
+        else:
+            yield f"{stage}: up to date"
+            continue
+        before.append(stage)
+    yield "report: would run"
+
+
+def due(recipe: Recipe, stage: str, entry: dict[str, Any] | None) -> str:
+    """Why a stage must run; nothing if it finished, and what it left is what its recipe and its inputs make now.
+
+    `entry` is what the chain noted when the stage finished. UserError if an input cannot be found.
+    """
+    key = stage_key(recipe, stage)
+    if entry is None or "made_from" not in entry:
+        return "`lmworks run` has not finished it here"
+    changed = [part for part in key if entry["made_from"].get(part) != key[part]]
+    if changed:
+        return f"other {', '.join(changed)} than before"
+    left = outputs(recipe, stage)
+    missing = [folder for folder, hashes in left.items() if not hashes]
+    if missing:
+        return f"{', '.join(missing)} is not there"
+    replaced = [folder for folder, hashes in left.items() if hashes != entry["outputs"].get(folder)]
+    return f"{', '.join(replaced)} is not what the chain left there" if replaced else ""
+
+
+def stage_key(recipe: Recipe, stage: str) -> dict[str, str]:
+    """Hashes of all that a stage's result depends on: its section and the seed, its inputs' contents, versions."""
+    section = getattr(recipe, stage)
+    settings = deciding_settings(section) if isinstance(section, Training) else section.model_dump(mode="json")
     if stage == "distill" and recipe.pretrain is not None:
-        section["inherited"] = recipe.pretrain.model_dump(mode="json", include={"objective", "data"})
-    inputs = [_content(recipe.run_dir / folder) for parent in STAGES[stage][2] for folder in STAGES[parent][1]]
+        settings["inherited"] = recipe.pretrain.model_dump(mode="json", include={"objective", "data"})
+    inputs: list[Any] = [_content(recipe.run_dir / folder) for above in STAGES[stage][2] for folder in STAGES[above][1]]
     inputs += [[content_hash(folder)] for folder in _named_folders(recipe, stage) if folder.is_dir()]
-    text = json.dumps([section, recipe.seed, versions(), inputs], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
+    inputs += _text(section) if isinstance(section, Prepare) else []
+    return {"recipe": _sha256([settings, recipe.seed]), "inputs": _sha256(inputs), "versions": _sha256(versions())}
+
+
+def outputs(recipe: Recipe, stage: str) -> dict[str, list[str]]:
+    """Content hashes of what a stage leaves, by folder; an empty list where it left nothing."""
+    return {folder: _content(recipe.run_dir / folder) for folder in STAGES[stage][1]}
+
+
+def _run_stage(recipe: Recipe, stage: str, console: Console) -> None:
+    module = importlib.import_module(STAGES[stage][0])
+    refusal = _refused_checkpoints(module, recipe)
+    if refusal:
+        checkpoints = recipe.stage_dir(stage) / "checkpoints"
+        kept = free_name(checkpoints.with_name("checkpoints-aside"))
+        checkpoints.rename(kept)
+        console.print(f"{refusal}\nkept as {kept}; {stage} begins at step 0", markup=False, soft_wrap=True)
+        module.run(recipe)
+
+
+def _refused_checkpoints(module: ModuleType, recipe: Recipe) -> str:
+    """Run a stage; why it will not go on from the checkpoints that are there, or nothing if it finished."""
+    try:
+        module.run(recipe)
+    except OtherRun as error:
+        return str(error).split("\nNeeded:")[0]
+    return ""
+
+
+def _asked(recipe: Recipe) -> list[str]:
+    return [stage for stage in STAGES if getattr(recipe, stage) is not None]
+
+
+def _text(prepare: Prepare) -> list[Any]:
+    """What prepare reads: a stamp of each file, the tokenizer that it loads, and whose standard library it is."""
+    files = [[stamp(path) for path in find_files(source)] for source in prepare.sources]
+    given = prepare.tokenizer.path
+    tokenizer = hash_tokenizer(given) if given is not None and given.exists() else None
+    python = platform.python_version() if any(source.type == "stdlib" for source in prepare.sources) else None
+    return [files, tokenizer, python]
 
 
 def _named_folders(recipe: Recipe, stage: str) -> list[Path]:
@@ -73,16 +165,14 @@ def _named_folders(recipe: Recipe, stage: str) -> list[Path]:
 
 
 def _content(folder: Path) -> list[str]:
-    """Content hashes of the artifacts at `folder` or right below it; none where the stage did not run."""
-    found = [
-        path.parent for path in (folder / ARTIFACT_FILE, *sorted(folder.glob(f"*/{ARTIFACT_FILE}"))) if path.is_file()
-    ]
-    return [read_artifact(artifact)["content_sha256"] for artifact in found]
+    """Content hashes of the artifacts at `folder` or right below it, and of a report there; none where nothing is."""
+    places = [path.parent for path in (folder / ARTIFACT_FILE, *sorted(folder.glob(f"*/{ARTIFACT_FILE}")))]
+    hashes = [read_artifact(place)["content_sha256"] for place in places if (place / ARTIFACT_FILE).is_file()]
+    return [*hashes, *(hash_file(path) for path in folder.glob("report.json"))]
 
 
-def _is_there(recipe: Recipe, stage: str) -> bool:
-    folders = [recipe.run_dir / folder for folder in STAGES[stage][1]]
-    return all(_content(folder) or (folder / "report.json").is_file() for folder in folders)
+def _sha256(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def _read(recipe: Recipe) -> dict[str, Any]:

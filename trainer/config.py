@@ -4,7 +4,15 @@ Reading YAML and wording its errors is left to `recipe_file`; nothing here does 
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveInt,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Share = Annotated[float, Field(gt=0.0, lt=1.0)]
@@ -33,7 +41,8 @@ class Source(Section):
     document: Literal["file", "line", "block"] = "file"
     """text: what one document is: a whole file, a line, or a block between blank lines."""
     weight: Positive = 1.0
-    """How many times an epoch goes over this source; a fraction takes a fixed, hash-chosen part."""
+    """How many times an epoch goes over this source; a fraction takes a fixed part, by the documents' hashes.
+    Validation has each document once."""
     split: Literal["hash", "train", "validation"] = "hash"
     """hash: by document hash (see `validation_fraction`); else all documents go to the named split."""
     on_bad_document: Literal["error", "skip"] = "error"
@@ -62,7 +71,21 @@ class Tokenizer(Section):
     def _trained_or_loaded(self) -> "Tokenizer":
         if (self.type is None) == (self.path is None):
             raise ValueError("give either `type` (train one) or `path` (load one)")
+        ignored = [key for key in self._without_meaning() if key in self.model_fields_set]
+        if ignored:
+            kind = "a tokenizer from `path`" if self.type is None else f"type {self.type}"
+            raise ValueError(f"{' and '.join(ignored)} would change nothing: {kind} brings its own")
         return self
+
+    def _without_meaning(self) -> tuple[str, ...]:
+        if self.path is not None:
+            return ("vocab_size", "max_training_mib")
+        return ("vocab_size",) if self.type == "character" else ()
+
+    @model_serializer(mode="wrap")
+    def _only_what_has_a_meaning(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """A resolved recipe must load again, so it holds no defaults that would be refused if they were written."""
+        return {key: value for key, value in dump(self).items() if key not in self._without_meaning()}
 
 
 class Prepare(Section):
@@ -195,6 +218,36 @@ class Training(Section):
         if self.schedule.warmup_steps + (self.schedule.decay_steps or 0) > self.max_steps:
             raise ValueError("schedule.warmup_steps + schedule.decay_steps exceed max_steps")
         return self
+
+
+# Keys of a stage that trains which may change between two attempts at one run: they move no sample and no number
+# (micro_batch_size, the strategy and the kernels: up to the rounding of another order of summation).
+FREE_KEYS = frozenset(
+    {
+        "micro_batch_size",
+        "gradient_checkpointing",
+        "compile",
+        "attention",
+        "cross_entropy",
+        "engine",
+        "checkpoint",
+        "max_bad_steps",
+        "loss_spike",
+        "eval_every_steps",
+        "eval_sequences",
+        "log_every_steps",
+        "save_every_steps",
+        "keep_last",
+        "resume",
+    }
+)
+
+
+def deciding_settings(stage: Training) -> dict[str, Any]:
+    """The settings of a stage that its model depends on, as a tree of plain values."""
+    settings = {key: value for key, value in stage.model_dump(mode="json").items() if key not in FREE_KEYS}
+    settings["optim"] = {key: value for key, value in settings["optim"].items() if key != "backend"}
+    return settings
 
 
 def nearest_multiples(value: int, of: int) -> str:
@@ -349,22 +402,46 @@ class Distill(Training):
 # ---- export ----------------------------------------------------------------------------------------------------
 
 
+MaxAbs = Annotated[
+    Positive | None, Field(description="Largest absolute difference of an output on real tokens; null: no limit.")
+]
+RelativeRms = Annotated[
+    Positive | None,
+    Field(description="Root mean square of the difference, relative to that of the source's output; null: no limit."),
+]
+MinTop1 = Annotated[Fraction, Field(description="Share of real tokens whose highest logit is the same.")]
+
+
 class Tolerance(Section):
     """What an exported model may differ from its source, on tokens that are not padding."""
 
-    max_abs: Positive | None = None
-    """Largest absolute difference of an output."""
-    relative_rms: Positive | None = None
-    """Root mean square of the difference, relative to that of the source's output."""
-    min_top1: Fraction = 0.0
-    """Share of tokens whose highest logit is the same."""
+    max_abs: MaxAbs = None
+    relative_rms: RelativeRms = None
+    min_top1: MinTop1 = 0.0
+
+    @model_validator(mode="after")
+    def _holds_something_out(self) -> "Tolerance":
+        if self.max_abs is None and self.relative_rms is None and self.min_top1 == 0.0:
+            raise ValueError("a gate without any limit passes everything; keep max_abs, relative_rms or min_top1")
+        return self
+
+
+class Fp32Tolerance(Tolerance):
+    max_abs: MaxAbs = 1e-3
+    relative_rms: RelativeRms = 1e-5
+    min_top1: MinTop1 = 0.999
+
+
+class Int8Tolerance(Tolerance):
+    relative_rms: RelativeRms = 0.1
+    min_top1: MinTop1 = 0.90
 
 
 class Parity(Section):
     """Shapes and thresholds of the gate. Lengths 1 and the model's maximum are always tried."""
 
-    fp32: Tolerance = Tolerance(max_abs=1e-3, relative_rms=1e-5, min_top1=0.999)
-    int8: Tolerance = Tolerance(relative_rms=0.1, min_top1=0.90)
+    fp32: Fp32Tolerance = Fp32Tolerance()
+    int8: Int8Tolerance = Int8Tolerance()
     shapes: tuple[tuple[PositiveInt, PositiveInt], ...] = ((1, 7), (3, 33), (4, 64), (8, 16))
     """(batch, sequence) pairs beside the edge cases."""
     max_length: PositiveInt = 1024
@@ -372,13 +449,16 @@ class Parity(Section):
 
 
 Precision = Literal["fp32", "int8"]
+# A folder of this name is replaced as a whole, so it must be one below `export` and no hidden or half-written one.
+ModelName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*(\.[0-9][A-Za-z0-9_-]*)*$")]
 
 
 class Export(Section):
     """Model folders to verified ONNX."""
 
-    models: dict[str, Path | None] = {}
-    """Name to model folder. By default `teacher` (pretrain's) and `student` (distill's), as far as they exist."""
+    models: dict[ModelName, Path | None] = {}
+    """Name to model folder; each is exported to `<run_dir>/export/<name>`. By default `teacher` (pretrain's) and
+    `student` (distill's), as far as they exist."""
     variants: Annotated[tuple[Precision, ...], Field(min_length=1)] = ("fp32", "int8")
     opset: Annotated[int, Field(ge=18, le=23)] = 20
     parity: Parity = Parity()

@@ -30,6 +30,10 @@ class RankLost(UserError):
     exit_code = EXIT_RANK_LOST
 
 
+class OtherRun(UserError):
+    """The checkpoints that are there were made with other settings or inputs; the chain sets them aside."""
+
+
 class Preempted(Exception):
     """All ranks agreed to stop at a signal and the state is saved: run the same command again."""
 

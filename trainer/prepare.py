@@ -13,17 +13,17 @@ from rich.table import Table
 from transformers import PreTrainedTokenizerFast
 
 from trainer.__main__ import stage_main
-from trainer.artifact import content_hash, hash_file, hash_tree, staging, write_artifact, write_json
+from trainer.artifact import hash_tree, staging, write_artifact, write_json
 from trainer.config import Prepare, Recipe
 from trainer.data.corpus import Corpus, collect
 from trainer.data.encoding import write_shards
+from trainer.data.files import hash_tokenizer
 from trainer.data.shards import MANIFEST_FILE
 from trainer.data.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
-from trainer.errors import UserError
-from trainer.recipe_file import recipe_hash
+from trainer.environment import launch_command
+from trainer.recipe_file import recipe_hash, require_section
 
 _MIB = 2**20
-_COMMAND = "lmworks prepare"
 
 
 def run(recipe: Recipe) -> None:
@@ -32,8 +32,8 @@ def run(recipe: Recipe) -> None:
     The same recipe and data give the same bytes. This is the work of one process: under a launcher (WORLD_SIZE > 1)
     rank 0 does it, and the others return at once without waiting for it.
     """
-    if recipe.prepare is None:
-        raise UserError("the recipe has no section `prepare`", "its sources and tokenizer", "add the section")
+    require_section(recipe, "prepare")
+    assert recipe.prepare is not None
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and os.environ.get("RANK", "0") != "0":
         return
     # The two renames follow each other at once; TokenShards.require_tokenizer notices a crash between them.
@@ -58,7 +58,7 @@ def _prepare(prepare: Prepare, data: Path, tokenizer_dir: Path, progress: Progre
         "tokenizer",
         recipe_sha256=recipe_sha256,
         parents=made_from,
-        evidence=[{"what": "tokenizer", "metrics": manifest["tokenizer"], "command": _COMMAND}],
+        evidence=[{"what": "tokenizer", "metrics": manifest["tokenizer"], "command": launch_command()}],
         about={"vocab_size": len(tokenizer)},
     )
     write_artifact(data, "token_shards", recipe_sha256=recipe_sha256, parents={"tokenizer": tokenizer_sha256})
@@ -70,8 +70,7 @@ def _tokenizer(prepare: Prepare, corpus: Corpus, progress: Progress) -> tuple[Pr
     config = prepare.tokenizer
     if config.path is not None:
         tokenizer = load_tokenizer(config)
-        origin = content_hash(config.path) if config.path.is_dir() else hash_file(config.path)
-        return tokenizer, {"loaded_from": origin}
+        return tokenizer, {"loaded_from": hash_tokenizer(config.path)}
     task = progress.add_task(f"training {config.type} tokenizer", total=1)
     tokenizer = train_tokenizer(config, lambda: corpus.training_texts(int(config.max_training_mib * _MIB)))
     progress.update(task, completed=1)

@@ -3,16 +3,16 @@ The training itself is in `session` and `engine`, the model's making in `models`
 
 from trainer.__main__ import stage_main
 from trainer.config import Recipe
-from trainer.errors import UserError
 from trainer.models import build
 from trainer.objectives.language_model import language_model
+from trainer.recipe_file import require_section
 from trainer.session import Session
 
 
 def run(recipe: Recipe) -> None:
     """Train the model of `recipe.pretrain` and write `<run_dir>/pretrain/model`."""
-    if recipe.pretrain is None:
-        raise UserError("the recipe has no `pretrain` section", "one that says model, objective and data")
+    require_section(recipe, "pretrain")
+    assert recipe.pretrain is not None
     stage = recipe.pretrain
     session = Session(recipe, "pretrain", stage, stage.objective, stage.data)
     model = build(stage.model, session.tokenizer, session.causal, stage.longest_row, recipe.seed)

@@ -21,6 +21,14 @@ from trainer.config import Recipe
 from trainer.errors import UserError
 
 Location = tuple[int | str, ...]
+# What each stage needs to be told.
+_SECTIONS = {
+    "prepare": "its sources and tokenizer",
+    "pretrain": "one that says model, objective and data",
+    "distill": "one that says which student",
+    "export": "`export: {}` for the defaults",
+    "bench": "`bench: {}` for the defaults",
+}
 
 
 def find_recipe(name: str) -> Path:
@@ -57,6 +65,12 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
         lines = [text for _, text in sorted(found)]
     plural = "s" if len(lines) > 1 else ""
     raise UserError("\n".join([f"{len(lines)} problem{plural} in recipe {path}:", *(f"  {line}" for line in lines)]))
+
+
+def require_section(recipe: Recipe, stage: str) -> None:
+    """UserError if the recipe has no section of this stage."""
+    if getattr(recipe, stage) is None:
+        raise UserError(f"the recipe has no `{stage}` section", _SECTIONS[stage], "add the section")
 
 
 def dump_recipe(recipe: Recipe) -> str:

@@ -20,7 +20,7 @@ from trainer.artifact import hash_file, read_artifact, write_json
 from trainer.config import Export, Recipe
 from trainer.errors import GateFailed, UserError
 
-EXPORT = Export.model_validate({"parity": {"shapes": [[2, 9]], "int8": {"relative_rms": 0.15}}})
+EXPORT = Export.model_validate({"parity": {"shapes": [[2, 9]], "int8": {"relative_rms": 0.15, "min_top1": 0.0}}})
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,6 @@
 """Folders appear whole or not at all: a crash is planted before every step that touches the disk."""
 
+import errno
 import json
 import os
 import shutil
@@ -13,6 +14,7 @@ import pytest
 from trainer import artifact
 from trainer.artifact import (
     add_evidence,
+    alone_in,
     content_hash,
     hash_tree,
     read_artifact,
@@ -181,6 +183,33 @@ def test_write_json_refuses_what_is_no_json(tmp_path):
     with pytest.raises(ValueError, match="Out of range float"):
         write_json(tmp_path / "a.json", {"loss": float("nan")})
     assert not (tmp_path / "a.json").exists()
+
+
+# ---- one process a folder --------------------------------------------------------------------------------------
+
+
+def test_a_folder_is_held_by_one_at_a_time_and_for_all_ranks(tmp_path, monkeypatch):
+    with alone_in(tmp_path / "stage"):
+        with pytest.raises(UserError, match=r"another process is at work in .*stage"), alone_in(tmp_path / "stage"):
+            raise AssertionError("held twice")
+        monkeypatch.setenv("RANK", "1")
+        with alone_in(tmp_path / "stage"), alone_in(tmp_path / "other"):
+            monkeypatch.delenv("RANK")
+    with alone_in(tmp_path / "stage"):
+        assert list((tmp_path / "stage").iterdir()) == []  # the lock is no file
+
+
+@pytest.mark.parametrize(("said", "goes_on"), [(errno.EBADF, True), (errno.EOPNOTSUPP, True), (errno.EIO, False)])
+def test_a_file_system_without_locks_is_worked_on_and_a_broken_one_is_not(tmp_path, monkeypatch, said, goes_on):
+    def flock(descriptor, operation):
+        raise OSError(said, os.strerror(said))
+
+    monkeypatch.setattr(artifact.fcntl, "flock", flock)
+    try:
+        with alone_in(tmp_path):
+            assert goes_on
+    except OSError as error:
+        assert error.errno == said and not goes_on
 
 
 # ---- hashes ----------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from trainer import prepare
 from trainer.__main__ import main
 from trainer.artifact import hash_file, hash_tree, read_artifact
 from trainer.config import Recipe
+from trainer.data.corpus import document_digest, rank_of
 from trainer.data.shards import TokenShards
 from trainer.errors import UserError
 
@@ -159,10 +160,12 @@ def test_the_manifest_says_what_is_there(tmp_path, capsys):
         assert (counts["documents"], counts["tokens"]) == (len(shards), shards.lengths_D.sum())
         texts = [tokenizer.decode(shards.read(index)) for index in range(len(shards))]
         assert counts["characters"] == counts["bytes"] == sum(map(len, texts))
+        assert shards.digests_D.tolist() == [rank_of(document_digest(text.encode())) for text in texts]
         documents += texts
         for shard in counts["shards"]:
             assert shard["tokens"] <= 2048
-            hashes = {part: hash_file(recipe.data_dir / f"{shard['file']}.{part}") for part in ("bin", "idx")}
+            parts = ("bin", "idx", "digests")
+            hashes = {part: hash_file(recipe.data_dir / f"{shard['file']}.{part}") for part in parts}
             assert shard["sha256"] == hashes
     lines = (tmp_path / "texts" / "a.jsonl").read_text().split("\n")[:200]
     texts = [text for number in range(5) for text in (tmp_path / "texts" / f"{number}.txt").read_text().split("\n\n")]
@@ -246,9 +249,11 @@ def test_a_loaded_tokenizer_is_taken_as_it_is(tmp_path):
 def test_two_runs_give_the_same_bytes(tmp_path):
     path = write_recipe(tmp_path)
     for run, hash_seed in (("one", "1"), ("two", "2")):
-        command = [sys.executable, "-m", "trainer.prepare", str(path), f"run_dir={tmp_path / run}"]
+        (tmp_path / run).mkdir()  # and the same command, which is a part of the evidence
+        command = [sys.executable, "-m", "trainer.prepare", str(path), "run_dir=."]
         environment = os.environ | {"PYTHONHASHSEED": hash_seed, "RAYON_NUM_THREADS": hash_seed}
-        done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
+        environment["PYTHONPATH"] = str(REPOSITORY)
+        done = subprocess.run(command, cwd=tmp_path / run, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
     assert files(tmp_path / "one") == files(tmp_path / "two") and len(files(tmp_path / "one")) > 10
 
@@ -271,6 +276,44 @@ def test_a_kill_leaves_nothing_half_and_the_next_run_ends_alike(tmp_path):
     assert any(kill["left"]["data"] is None for kill in found["killed"])
 
 
+HOLDER = """
+import sys
+from pathlib import Path
+from trainer.artifact import alone_in
+with alone_in(Path(sys.argv[1])):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize("verb", ["prepare", "run"])
+def test_a_second_process_in_the_same_folder_is_told(tmp_path, capsys, verb):
+    path = write_recipe(tmp_path, type="character")
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(tmp_path / "run" / "prepare")],
+        cwd=REPOSITORY,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    assert holder.stdout.readline() == b"held\n"
+    assert main([verb, str(path)]) == 2
+    assert f"lmworks {verb}: another process is at work in {tmp_path}/run/prepare" in capsys.readouterr().err
+    holder.kill()  # whatever ends the process ends its hold
+    holder.wait()
+    assert main([verb, str(path)]) == 0
+    assert sorted(file.name for file in (tmp_path / "run" / "prepare").iterdir()) == ["data", "tokenizer"]
+
+
+def test_the_evidence_names_the_recipe(tmp_path, monkeypatch):
+    path = write_recipe(tmp_path, type="character")
+    monkeypatch.chdir(tmp_path)
+    command = ["lmworks", "prepare", str(path), "prepare.validation_fraction=0.3"]
+    monkeypatch.setattr(sys, "argv", command)
+    assert main(command[1:]) == 0
+    (evidence,) = read_artifact(recipe_of(path).tokenizer_dir)["evidence"]
+    assert evidence["command"] == "lmworks prepare recipe.yaml prepare.validation_fraction=0.3"
+
+
 @pytest.mark.parametrize(("rank", "works"), [("0", True), ("1", False)])
 def test_only_rank_0_works(tmp_path, monkeypatch, rank, works):
     recipe = recipe_of(write_recipe(tmp_path, type="character"))
@@ -287,5 +330,5 @@ def test_errors_are_one_message_and_leave_nothing(tmp_path, capsys):
     message = capsys.readouterr().err
     assert f"{tmp_path}/texts/bad.txt:2" in message and "text-2" in message and "on_bad_document: skip" in message
     assert not list((tmp_path / "run" / "prepare").iterdir())
-    with pytest.raises(UserError, match="no section `prepare`"):
+    with pytest.raises(UserError, match="no `prepare` section"):
         prepare.run(Recipe(run_dir=tmp_path))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from trainer.config import Recipe
+from trainer.config import Parity, Recipe
 from trainer.errors import UserError
 from trainer.recipe_file import dump_recipe, json_schema, load_recipe, recipe_hash
 
@@ -231,6 +231,61 @@ def test_problems_of_file_and_override_are_told_apart(write):
     found = message(write(GOOD + "seeed: 3\n"), "bench.thread=1")
     assert "r.yaml:13: seeed: unknown key" in found
     assert "override 'bench.thread=1': bench.thread: unknown key; did you mean 'threads'?" in found
+
+
+# ---- gates -----------------------------------------------------------------------------------------------------
+
+
+def test_one_parity_threshold_leaves_the_others_as_they_are(write):
+    recipe = load_recipe(write(GOOD), ["export.parity.int8.relative_rms=0.2", "export.parity.fp32.max_abs=1e-2"])
+    parity, default = recipe.export.parity, Parity()
+    assert parity.int8 == default.int8.model_copy(update={"relative_rms": 0.2})
+    assert parity.fp32 == default.fp32.model_copy(update={"max_abs": 1e-2})
+    assert (default.int8.min_top1, default.fp32.min_top1, default.fp32.relative_rms) == (0.9, 0.999, 1e-5)
+
+
+def test_a_gate_that_passes_everything_is_refused(write):
+    off = ["export.parity.int8.relative_rms=null", "export.parity.int8.min_top1=0"]
+    assert "export.parity.int8: a gate without any limit passes everything" in message(write(GOOD), *off)
+    assert load_recipe(write(GOOD), off[:1]).export.parity.int8.relative_rms is None  # one of two may go
+
+
+# ---- names that become folders ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["../pretrain", "..", "", "a/b", "/tmp/x", ".hidden", "teacher.partial", "x.previous"])
+def test_a_model_name_that_is_no_plain_folder_name_is_refused(write, name):
+    text = GOOD + f"export:\n  models: {{{json.dumps(name)}: m}}\n"
+    assert "r.yaml:13: export.models." in message(write(text)) or "r.yaml:14: export.models." in message(write(text))
+
+
+@pytest.mark.parametrize("name", ["teacher", "BERT_base-2", "v1.0", "qwen2.5-0.5B"])
+def test_usual_model_names_are_taken(write, name):
+    text = GOOD + f"export:\n  models: {{{json.dumps(name)}: m}}\n"
+    assert load_recipe(write(text)).exported_models() == {name: Path("m")}
+
+
+# ---- tokenizers ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("section", "said"),
+    [
+        ("{path: t, vocab_size: 90}", "vocab_size would change nothing: a tokenizer from `path` brings its own"),
+        ("{path: t, vocab_size: 8192}", "vocab_size would change nothing"),  # the default, but written down
+        ("{path: t, max_training_mib: 3}", "max_training_mib would change nothing"),
+        ("{type: character, vocab_size: 90}", "vocab_size would change nothing: type character brings its own"),
+    ],
+)
+def test_a_key_that_a_tokenizer_would_ignore_is_refused(write, section, said):
+    assert f"prepare.tokenizer: {said}" in message(write(GOOD.replace("{type: wordpiece}", section)))
+
+
+@pytest.mark.parametrize("section", ["{path: t}", "{type: character}", "{type: unigram, vocab_size: 90}"])
+def test_a_tokenizers_resolved_section_loads_again(write, tmp_path, section):
+    recipe = load_recipe(write(GOOD.replace("{type: wordpiece}", section)))
+    (tmp_path / "again.yaml").write_text(dump_recipe(recipe))
+    assert load_recipe("again.yaml") == recipe
 
 
 # ---- resolved recipes ------------------------------------------------------------------------------------------

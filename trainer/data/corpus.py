@@ -12,7 +12,8 @@ from typing import BinaryIO, Literal
 import numpy as np
 
 from trainer.config import Prepare, Source
-from trainer.data.sources import BadDocument, Document, find_files, read_file, source_names
+from trainer.data.files import find_files, source_names
+from trainer.data.sources import BadDocument, Document, read_file
 from trainer.errors import UserError
 
 Split = Literal["train", "validation"]
@@ -41,7 +42,7 @@ class Corpus:
     def __init__(self, folder: Path, sources: list[SourceCounts]) -> None:
         self.folder = folder
         self.sources = sources
-        self._rank_D = array("Q")  # training documents: a part of the hash that decides the order below
+        self._rank_D = array("Q")  # training documents: what decides the order below
         self._bytes_D = array("Q")
 
     def texts(self, split: Split, source: int) -> Iterator[str]:
@@ -66,8 +67,7 @@ class Corpus:
 
     def note_training(self, digest: bytes, size_bytes: int) -> None:
         """Remember the place of a training document in hash order, and its size."""
-        # The first half of the digest decides the split; the order must be independent of it.
-        self._rank_D.append(int.from_bytes(digest[8:], "big"))
+        self._rank_D.append(rank_of(digest))
         self._bytes_D.append(size_bytes)
 
     def _records(self, split: Split, source: int) -> Iterator[bytes]:
@@ -102,9 +102,30 @@ def collect(
     return corpus
 
 
+def validation_texts(prepare: Prepare, per_source: int) -> Iterator[str]:
+    """Up to `per_source` validation documents of each source, read anew from its files.
+
+    The documents that `collect` keeps, but for repetitions; bad ones are passed over. UserError where files are gone.
+    """
+    for source in prepare.sources:
+        left = 0 if source.split == "train" else per_source
+        documents = (document for path in find_files(source) for document in read_file(source, path))
+        while left and (document := next(documents, None)) is not None:
+            if isinstance(document, BadDocument) or document.characters < prepare.min_document_characters:
+                continue
+            if _split(source, document_digest(document.utf8), prepare) == "validation":
+                left -= 1
+                yield document.utf8.decode("utf-8")
+
+
 def document_digest(utf8: bytes) -> bytes:
     """16 bytes that stand for a text."""
     return hashlib.blake2b(utf8, digest_size=_DIGEST_BYTES).digest()
+
+
+def rank_of(digest: bytes) -> int:
+    """The half of a digest that does not choose the split, for whatever else is drawn by a document's text."""
+    return int.from_bytes(digest[8:], "big")
 
 
 def split_of(digest: bytes, validation_fraction: float) -> Split:
@@ -148,14 +169,17 @@ def _take(
             count.dropped["duplicate"] += 1
             return
         seen.add(digest)
-    wanted = count.source.split
-    split = split_of(digest, prepare.validation_fraction) if wanted == "hash" else wanted
+    split = _split(count.source, digest, prepare)
     count.documents_kept += 1
     count.content.update(digest)
     files[split].write(len(document.utf8).to_bytes(_LENGTH_BYTES, "little"))
     files[split].write(document.utf8)
     if split == "train":
         corpus.note_training(digest, len(document.utf8))
+
+
+def _split(source: Source, digest: bytes, prepare: Prepare) -> Split:
+    return split_of(digest, prepare.validation_fraction) if source.split == "hash" else source.split
 
 
 def _refuse_or_count(bad: BadDocument, count: SourceCounts) -> None:

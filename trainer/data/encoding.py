@@ -10,9 +10,19 @@ from transformers import PreTrainedTokenizerFast
 
 from trainer.artifact import hash_file
 from trainer.config import Prepare
-from trainer.data.corpus import SPLITS, Corpus, SourceCounts, Split, require_both_splits
+from trainer.data.corpus import (
+    SPLITS,
+    Corpus,
+    SourceCounts,
+    Split,
+    document_digest,
+    rank_of,
+    require_both_splits,
+)
 from trainer.data.shards import Shard, ShardWriter
 from trainer.data.tokenizer import TokenizerQuality, encode, encoding_backend
+
+_PARTS = ("bin", "idx", "digests")
 
 
 @dataclass
@@ -77,10 +87,11 @@ def _encoded(
             writer = ShardWriter(folder / split, source.name, len(tokenizer), max_shard_tokens)
             for text, ids in encode(backend, corpus.texts(split, index)):
                 if ids:
-                    writer.add(ids + end)
+                    utf8 = text.encode("utf-8")
+                    writer.add(ids + end, rank_of(document_digest(utf8)))
                     counts.documents += 1
                     counts.characters += len(text)
-                    counts.bytes += len(text.encode("utf-8"))
+                    counts.bytes += len(utf8)
                     counts.tokens += len(ids) + len(end)
                 yield split, index, text, ids
             writer.close()
@@ -94,7 +105,7 @@ def _single(token_id: Any) -> int | None:
 
 
 def _shard_entry(shard: Shard, folder: Path, source: str) -> dict[str, Any]:
-    hashes = {part: hash_file(shard.prefix.with_name(f"{shard.prefix.name}.{part}")) for part in ("bin", "idx")}
+    hashes = {part: hash_file(shard.prefix.with_name(f"{shard.prefix.name}.{part}")) for part in _PARTS}
     file = shard.prefix.relative_to(folder).as_posix()
     return {"file": file, "source": source, "documents": shard.documents, "tokens": shard.tokens, "sha256": hashes}
 

@@ -40,17 +40,23 @@ class Masking:
         return Row(input_ids, row.segments, row.positions, targets)
 
     def _choose(self, row: Row, draw: np.random.Generator) -> NDArray[np.int64]:
-        """Positions of the targets: whole words in random order until the row's share is reached."""
+        """Positions of the targets: whole words in random order until the row's share is reached.
+
+        A word longer than the whole share (Chinese text, minified code) gives tokens within it if it is drawn first.
+        """
         place_E = np.flatnonzero((row.segments > 0) & ~self.special_V[row.input_ids])
         if not len(place_E):
             return place_E
         budget = max(1, round(self.probability * len(place_E)))
         words = self._words(row, place_E)
         chosen: list[NDArray[np.int64]] = []
-        for word in draw.permutation(len(words)):
-            if len(words[word]) <= budget or not chosen:
-                chosen.append(words[word])
-                budget -= len(words[word])
+        for index in draw.permutation(len(words)):
+            word = words[index]
+            if len(word) > budget and not chosen:
+                word = draw.choice(word, budget, replace=False)
+            if len(word) <= budget:
+                chosen.append(word)
+                budget -= len(word)
             if budget <= 0:
                 break
         return np.sort(np.concatenate(chosen))

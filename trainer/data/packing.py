@@ -51,7 +51,7 @@ class PackedRows:
         self.framing = framing
         self._shards = shards
         self._has_eod = shards.manifest["end_of_document"] is not None
-        documents_D = weighted_documents(shards, seed)
+        documents_D = weighted_documents(shards)
         # Input tokens a document offers. Causal: every token is predicted, the first from `begin` if there is one,
         # and the last is only ever predicted. Masked: its text without the end-of-document token.
         trim = (framing.begin is None) if framing.causal else self._has_eod
@@ -119,7 +119,7 @@ class StreamRows:
         self.framing = framing
         self._shards = shards
         self._seed = seed
-        self._documents_D = weighted_documents(shards, seed)
+        self._documents_D = weighted_documents(shards)
         self._starts_D = np.concatenate([[0], np.cumsum(shards.lengths_D[self._documents_D])])
 
     def __len__(self) -> int:
@@ -153,12 +153,19 @@ class StreamRows:
 Rows = PackedRows | StreamRows
 
 
-def weighted_documents(shards: TokenShards, seed: int) -> Ints:
-    """Indices of the documents of one epoch: each as often as its source's weight says, a fraction drawn by `seed`."""
+def weighted_documents(shards: TokenShards) -> Ints:
+    """Indices of the documents of one epoch: each as often as its source's weight says.
+
+    A fraction is decided by the document's own digest: a fixed part, which no other document and no seed moves.
+    Validation has each document once, or else its figures would not be those of its text (bits per byte).
+    """
+    if shards.split == "validation":
+        return np.arange(len(shards))
     weight_D = np.array([source["weight"] for source in shards.sources], dtype=np.float64)[shards.source_D]
-    whole_D = np.floor(weight_D)
-    extra_D = np.random.default_rng([seed, 0x3E16]).random(len(shards)) < weight_D - whole_D
-    return np.repeat(np.arange(len(shards)), (whole_D + extra_D).astype(np.int64))
+    times_D = np.floor(weight_D)
+    if (times_D != weight_D).any():
+        times_D = times_D + (shards.digests_D < (weight_D - times_D) * 2.0**64)
+    return np.repeat(np.arange(len(shards)), times_D.astype(np.int64))
 
 
 def pack(length_P: Ints, row_length: int, generator: np.random.Generator) -> tuple[Ints, Ints]:

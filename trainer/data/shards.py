@@ -3,8 +3,10 @@ Which documents come, in which order and with which weight is left to whoever wr
 
 Format, as read in megatron.core.datasets.indexed_dataset: the .bin holds the tokens of all sequences end to end; the
 .idx holds magic, version, dtype code, numbers of sequences and of document indices, then lengths (int32), byte offsets
-(int64) and document indices (int64, from 0 to the number of sequences). Here one document is one sequence."""
+(int64) and document indices (int64, from 0 to the number of sequences). Here one document is one sequence.
+Beside them lies our own .digests: a uint64 for each document, of its text alone."""
 
+import functools
 import json
 import struct
 from collections.abc import Sequence
@@ -20,6 +22,7 @@ from trainer.errors import UserError
 MANIFEST_FILE = "manifest.json"
 _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")
+_DIGEST = np.dtype("<u8")
 _DTYPES = {4: np.dtype("<i4"), 8: np.dtype("<u2")}
 # Megatron's own limit for two bytes a token (DType.optimal_dtype); it leaves room below 2**16 for padding.
 _UINT16_VOCAB = 65500
@@ -27,7 +30,7 @@ _UINT16_VOCAB = 65500
 
 @dataclass(frozen=True)
 class Shard:
-    """What a writer finished: `<prefix>.bin` and `<prefix>.idx`."""
+    """What a writer finished: `<prefix>.bin`, `<prefix>.idx` and `<prefix>.digests`."""
 
     prefix: Path
     documents: int
@@ -42,18 +45,21 @@ class ShardWriter:
         self._folder, self._name, self._max_tokens = folder, name, max_shard_tokens
         self._code = 8 if vocab_size < _UINT16_VOCAB else 4
         self._lengths_D: list[int] = []
+        self._digests_D: list[int] = []
         self._tokens = 0
         self._bin: BinaryIO | None = None
         folder.mkdir(parents=True, exist_ok=True)
 
-    def add(self, tokens_L: Sequence[int]) -> None:
-        """Append one document; a shard ends before it would exceed its size, and a longer document has its own."""
+    def add(self, tokens_L: Sequence[int], digest: int) -> None:
+        """Append one document, `digest` being 64 bits of its text's; a shard ends before it would exceed its size, and
+        a longer document has its own."""
         if self._lengths_D and self._tokens + len(tokens_L) > self._max_tokens:
             self.close()
         if self._bin is None:
             self._bin = _suffixed(self._prefix, ".bin").open("wb")
         self._bin.write(np.asarray(tokens_L, dtype=_DTYPES[self._code]).tobytes())
         self._lengths_D.append(len(tokens_L))
+        self._digests_D.append(digest)
         self._tokens += len(tokens_L)
 
     def close(self) -> None:
@@ -62,8 +68,9 @@ class ShardWriter:
             return
         self._bin.close()
         write_index(_suffixed(self._prefix, ".idx"), self._lengths_D, self._code)
+        _suffixed(self._prefix, ".digests").write_bytes(np.asarray(self._digests_D, dtype=_DIGEST).tobytes())
         self.shards.append(Shard(self._prefix, len(self._lengths_D), self._tokens))
-        self._lengths_D, self._tokens, self._bin = [], 0, None
+        self._lengths_D, self._digests_D, self._tokens, self._bin = [], [], 0, None
 
     @property
     def _prefix(self) -> Path:
@@ -114,8 +121,16 @@ def open_shard(prefix: Path) -> tuple[np.ndarray, np.ndarray]:
 class TokenShards:
     """All documents of one split, in the order of the manifest's shards, as one sequence of token arrays."""
 
-    def __init__(self, manifest: dict[str, Any], split: str, shards: list[tuple[np.ndarray, np.ndarray]]) -> None:
+    def __init__(
+        self,
+        manifest: dict[str, Any],
+        split: str,
+        shards: list[tuple[np.ndarray, np.ndarray]],
+        digest_files: Sequence[Path] = (),
+    ) -> None:
         self.manifest = manifest
+        self.split = split
+        self._digest_files = digest_files
         self.sources: list[dict[str, Any]] = manifest["sources"]
         entries = manifest["splits"][split]["shards"]
         position = {source["name"]: index for index, source in enumerate(self.sources)}
@@ -140,8 +155,9 @@ class TokenShards:
         manifest = json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8"))
         if split not in manifest["splits"]:
             raise UserError(f"{folder} has no split {split!r}", f"one of {', '.join(manifest['splits'])}")
-        shards = []
+        shards, digest_files = [], []
         for entry in manifest["splits"][split]["shards"]:
+            digest_files.append(_suffixed(folder / entry["file"], ".digests"))
             lengths_D, tokens = open_shard(folder / entry["file"])
             if (len(lengths_D), len(tokens)) != (entry["documents"], entry["tokens"]):
                 raise _damaged(
@@ -150,7 +166,22 @@ class TokenShards:
                     f"{entry['documents']} and {entry['tokens']}",
                 )
             shards.append((lengths_D, tokens))
-        return cls(manifest, split, shards)
+        return cls(manifest, split, shards, digest_files)
+
+    @functools.cached_property
+    def digests_D(self) -> np.ndarray:
+        """uint64: half of the digest of each document's text, not the half that chose its split.
+
+        Raises UserError for shards that an earlier version wrote without them, and for a damaged file.
+        """
+        for file in self._digest_files:
+            if not file.is_file():
+                raise UserError(f"{file} is not there", "digests, which weights that are no whole number need",
+                                "run prepare again")  # fmt: skip
+        digests_D = np.concatenate([np.fromfile(file, _DIGEST) for file in self._digest_files])
+        if len(digests_D) != len(self):
+            raise _damaged(self._digest_files[0].parent, f"holds {len(digests_D)} digests for {len(self)} documents")
+        return digests_D
 
     def __len__(self) -> int:
         return len(self.lengths_D)

@@ -1,13 +1,11 @@
-"""Documents of the recipe's sources: finds their files and reads text, jsonl, parquet and the standard library.
+"""Documents of the recipe's sources: reads text, jsonl, parquet and the standard library, file by file.
 It reports what it cannot read and leaves to `corpus` whether that stops the run, and which documents are kept."""
 
-import glob
 import io
 import json
 import os
-import sysconfig
 import tokenize
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,13 +13,10 @@ import pyarrow
 import pyarrow.parquet
 
 from trainer.config import Source
-from trainer.data.bytestream import COMPRESSED_SUFFIXES, BrokenFileError, chunks, lines
-from trainer.errors import UserError
+from trainer.data.bytestream import BrokenFileError, chunks, lines
+from trainer.data.files import is_dangling
 
 _PARQUET_BATCH_ROWS = 1024
-_ARCHIVE_SUFFIXES = frozenset({".tar", ".tgz", ".txz", ".tbz2", ".zip", ".7z", ".rar"})
-_FOLDER_SUFFIXES = {"jsonl": {".jsonl", ".ndjson", ".json"}, "parquet": {".parquet", ".pq"}, "stdlib": {".py"}}
-_NOT_STDLIB = frozenset({"site-packages", "dist-packages", "__pycache__"})
 
 
 @dataclass(frozen=True)
@@ -42,32 +37,11 @@ class BadDocument:
     message: str
 
 
-def source_names(sources: Sequence[Source]) -> list[str]:
-    """Name of each source: its own, or type and position from 1. UserError if two are equal."""
-    names = [source.name or f"{source.type}-{position}" for position, source in enumerate(sources, start=1)]
-    for name in names:
-        if names.count(name) > 1:
-            raise UserError(f"two sources are named {name!r}", "a name of its own for each source", "set `name`")
-    return names
-
-
-def find_files(source: Source) -> list[Path]:
-    """All files of a source, sorted by path, each once.
-
-    Folders are searched through; hidden files and folders in them are passed over, and for jsonl, parquet and stdlib
-    also files of another suffix. Raises UserError for a path or pattern that gives no file, and for an archive.
-    """
-    if source.type == "stdlib":
-        return _folder_files(Path(sysconfig.get_paths()["stdlib"]), "stdlib")
-    found = {path for pattern in source.paths for path in _matches(pattern, source.type)}
-    for path in sorted(found):
-        if _ARCHIVE_SUFFIXES.intersection(suffix.lower() for suffix in path.suffixes[-2:]):
-            raise UserError(f"{path} is an archive of files", "text, plain or as .gz .xz .zst .bz2", "unpack it first")
-    return sorted(found)
-
-
 def read_file(source: Source, path: Path) -> Iterator[Document | BadDocument]:
     """The documents of one file in order. A damaged file gives those before the damage, then one BadDocument."""
+    if is_dangling(path):
+        yield BadDocument("dangling_link", str(path), f"a link to {os.readlink(path)}, which is not there")
+        return
     try:
         if source.type == "stdlib":
             yield _python_source(path)
@@ -83,40 +57,6 @@ def read_file(source: Source, path: Path) -> Iterator[Document | BadDocument]:
             yield from (_decoded(block, path, number) for number, block in _blocks_of_lines(path))
     except BrokenFileError as broken:
         yield BadDocument(broken.reason, str(path), str(broken))
-
-
-def _matches(pattern: str, kind: str) -> list[Path]:
-    # A file may be called `a[1].txt`: what exists under the very name is meant before what matches it.
-    paths = [Path(pattern)] if Path(pattern).exists() else [Path(hit) for hit in glob.glob(pattern, recursive=True)]
-    found = [path for path in paths if path.is_file()]
-    for folder in (path for path in paths if path.is_dir()):
-        found += _folder_files(folder, kind)
-    if not found:
-        raise UserError(
-            f"{pattern!r} matches no {kind} file", "a file, a folder with files, or a glob pattern", "check it"
-        )
-    return found
-
-
-def _folder_files(folder: Path, kind: str) -> list[Path]:
-    found = []
-    for parent, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".") and not _is_foreign(name, kind)]
-        found += [Path(parent, name) for name in names if not name.startswith(".") and _has_suffix(name, kind)]
-    if kind == "stdlib" and not found:
-        raise UserError(f"no Python sources in {folder}", "a Python with its standard library as source files")
-    return sorted(path for path in found if path.is_file())
-
-
-def _is_foreign(folder_name: str, kind: str) -> bool:
-    return kind == "stdlib" and folder_name in _NOT_STDLIB
-
-
-def _has_suffix(name: str, kind: str) -> bool:
-    path = Path(name)
-    if kind != "parquet" and path.suffix.lower() in COMPRESSED_SUFFIXES:
-        path = Path(path.stem)
-    return kind not in _FOLDER_SUFFIXES or path.suffix.lower() in _FOLDER_SUFFIXES[kind]
 
 
 def _python_source(path: Path) -> Document | BadDocument:

@@ -14,43 +14,19 @@ from typing import Any
 
 from torch import Tensor
 
-from trainer.artifact import hash_file, sync_file, sync_folder, sync_tree, write_json, write_text
-from trainer.config import Training
+from trainer.artifact import free_name, hash_file, sync_file, sync_folder, sync_tree, write_json, write_text
+from trainer.config import Training, deciding_settings
 from trainer.engine.engine import Engine
 from trainer.engine.fragments import FragmentFiles, write_file
-from trainer.errors import UserError
+from trainer.errors import OtherRun, UserError
 
 _MARKER, _LATEST = "COMMITTED", "LATEST"
 _POLL_S = 0.05
 
-# Keys that may change between two attempts at one run: they move no sample and no number (micro_batch_size, the
-# strategy and the kernels: up to the rounding of another order of summation).
-_FREE_KEYS = frozenset(
-    {
-        "micro_batch_size",
-        "gradient_checkpointing",
-        "compile",
-        "attention",
-        "cross_entropy",
-        "engine",
-        "checkpoint",
-        "max_bad_steps",
-        "loss_spike",
-        "eval_every_steps",
-        "eval_sequences",
-        "log_every_steps",
-        "save_every_steps",
-        "keep_last",
-        "resume",
-    }
-)
-
 
 def run_identity(stage: Training, seed: int, inputs: dict[str, str]) -> dict[str, Any]:
     """What must be equal for a checkpoint to be continued: the stage's settings, the seed, hashes of its inputs."""
-    settings = {key: value for key, value in stage.model_dump(mode="json").items() if key not in _FREE_KEYS}
-    settings["optim"] = {key: value for key, value in settings["optim"].items() if key != "backend"}
-    return _flat({**settings, "seed": seed, "inputs": inputs})
+    return _flat({**deciding_settings(stage), "seed": seed, "inputs": inputs})
 
 
 @dataclass(frozen=True)
@@ -212,7 +188,7 @@ class Checkpoints:
                 self._require_same_run(path, marker["identity"])
                 return marker
             if ranks.is_main:
-                kept = _free_name(path.with_name(f"broken-{path.name}"))
+                kept = free_name(path.with_name(f"broken-{path.name}"))
                 path.rename(kept)
                 self._say(f"checkpoint {path} is broken ({fault}); kept as {kept.name}, taking an older one")
         return None
@@ -233,7 +209,7 @@ class Checkpoints:
         changed = [key for key in keys if identity.get(key) != self._identity.get(key)]
         if changed:
             lines = [f"  {key}: {identity.get(key)!r} there, {self._identity.get(key)!r} now" for key in changed]
-            raise UserError(
+            raise OtherRun(
                 "\n".join([f"checkpoint {path} belongs to another recipe:", *lines]),
                 "the recipe that the checkpoints were made with",
                 "restore those keys, choose another run_dir, or start over with <stage>.resume=false",
@@ -241,7 +217,7 @@ class Checkpoints:
 
     def _set_aside(self) -> None:
         if self._folder.exists():
-            kept = _free_name(self._folder.with_name(f"{self._folder.name}-aside"))
+            kept = free_name(self._folder.with_name(f"{self._folder.name}-aside"))
             self._folder.rename(kept)
             self._say(f"starting at step 0; the checkpoints that were there are kept in {kept}")
 
@@ -271,11 +247,6 @@ def _as_os_error(error: Exception) -> OSError:
         return error
     full = "No space left" in str(error) or "os error 28" in str(error)
     return OSError(errno.ENOSPC if full else errno.EIO, str(error))
-
-
-def _free_name(path: Path) -> Path:
-    candidates = [path, *(path.with_name(f"{path.name}-{number}") for number in range(2, 1000))]
-    return next(candidate for candidate in candidates if not candidate.exists())
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -38,6 +38,18 @@ def test_whole_words_are_hidden_together(row, tiny_tokenizer):
                 assert chosen[at] == chosen[at - 1]
 
 
+@pytest.mark.parametrize("lengths", [[100], [60, 60], [90, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1]])
+def test_a_word_longer_than_the_share_gives_no_more_than_the_share(tokens_in_memory, tiny_tokenizer, lengths):
+    text = sum(([7, *[70] * (length - 1)] for length in lengths), [])
+    row = PackedRows(tokens_in_memory([text]), Framing(128, False, 2, 3, 0), seed=0).row(0, 0)
+    mask, inside = masking(tiny_tokenizer, 0.15, True, seed=1), set()
+    for index in range(600):
+        places = np.flatnonzero(mask.apply(row, index, 0).targets != NO_TARGET)
+        assert 0 < len(places) <= round(0.15 * len(text))
+        inside.update(places.tolist())
+    assert len(inside) == len(text)  # and every token of it is a target now and then
+
+
 def test_single_tokens_are_hidden_alone_when_asked(row, tiny_tokenizer):
     split = 0
     for index in range(20):

@@ -106,13 +106,41 @@ def test_stream_rows_follow_the_text_and_shift_with_the_epoch(tokens_in_memory):
     assert all(len(rows.row(len(rows) - 1, epoch).targets) == 16 for epoch in range(20))
 
 
-def test_weights_repeat_documents_and_take_fractions(tokens_in_memory):
-    shards = tokens_in_memory(
-        [[1]] * 1000,
-        sources=[{"name": "a", "weight": 2.0}, {"name": "b", "weight": 0.25}],
-        source_D=np.repeat(np.array([0, 1], np.uint16), 500),
+def weighted(tokens_in_memory, weights, count=1000, split="train"):
+    """Documents of two sources one after the other, each with its own text."""
+    return tokens_in_memory(
+        [[number] for number in range(2 * count)],
+        sources=[{"name": str(index), "weight": weight} for index, weight in enumerate(weights)],
+        source_D=np.repeat(np.array([0, 1], np.uint16), count),
+        split=split,
     )
-    chosen = weighted_documents(shards, seed=3)
-    assert (np.bincount(chosen, minlength=1000)[:500] == 2).all()
-    assert 90 < (chosen >= 500).sum() < 160
-    assert (chosen == weighted_documents(shards, seed=3)).all()
+
+
+def test_weights_repeat_documents_and_take_fractions(tokens_in_memory):
+    times = np.bincount(weighted_documents(weighted(tokens_in_memory, (2.0, 0.25))), minlength=2000)
+    assert (times[:1000] == 2).all()
+    assert set(times[1000:]) == {0, 1} and 210 < times[1000:].sum() < 290
+    times = np.bincount(weighted_documents(weighted(tokens_in_memory, (1.25, 3.0))), minlength=2000)
+    assert set(times[:1000]) == {1, 2} and 1210 < times[:1000].sum() < 1290
+
+
+def test_a_larger_fraction_holds_the_smaller_one(tokens_in_memory):
+    small, large = (set(weighted_documents(weighted(tokens_in_memory, (1.0, part)))) for part in (0.25, 0.5))
+    assert small < large
+
+
+def test_a_document_more_moves_no_other_in_or_out(tokens_in_memory):
+    def chosen(texts):
+        shards = tokens_in_memory(texts, sources=[{"name": "a", "weight": 0.5}])
+        return {shards.documents[index][0] for index in weighted_documents(shards)}
+
+    texts = [[number] for number in range(400)]
+    assert chosen([[1000], *texts[::-1]]) - {1000} == chosen(texts)
+
+
+@pytest.mark.parametrize("kind", [PackedRows, StreamRows])
+def test_validation_has_each_document_once_whatever_its_weight(tokens_in_memory, kind):
+    """The number of its tokens is that of its text, by which bits per byte are worked out."""
+    for weights in ((2.0, 0.25), (1.0, 1.0)):
+        rows = kind(weighted(tokens_in_memory, weights, split="validation"), CAUSAL, seed=0)
+        assert rows.num_tokens == 2000

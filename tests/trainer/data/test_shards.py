@@ -18,7 +18,7 @@ def write(folder, documents_by_source, vocab_size=1000, max_shard_tokens=50):
     for source, documents in documents_by_source.items():
         writer = ShardWriter(folder / "train", source, vocab_size, max_shard_tokens)
         for document in documents:
-            writer.add(document)
+            writer.add(document, digest=sum(document))
         writer.close()
         for shard in writer.shards:
             file = shard.prefix.relative_to(folder).as_posix()
@@ -46,6 +46,8 @@ def test_what_is_written_is_read(tmp_path, vocab_size, itemsize):
     assert shards.lengths_D.tolist() == [len(document) for document in documents] and shards.lengths_D.dtype == np.int64
     assert shards.source_D.tolist() == [0] * 40 + [2] * 25 and shards.source_D.dtype == np.uint16
     assert [source["name"] for source in shards.sources] == ["a.b", "none", "c"]
+    assert shards.digests_D.tolist() == [sum(document) for document in documents]
+    assert shards.digests_D.dtype == np.uint64 and shards.split == "train"
     bins = sorted((tmp_path / "train").glob("*.bin"))
     assert len(bins) > 10 and sum(path.stat().st_size for path in bins) == itemsize * sum(map(len, documents))
     assert sorted(path.stat().st_size // itemsize for path in bins)[-2:] != [80, 80]
@@ -68,8 +70,8 @@ def test_parts_of_documents_are_slices(tmp_path):
 
 def test_bytes_are_megatrons(tmp_path):
     writer = ShardWriter(tmp_path, "a", 1000, 100)
-    writer.add([1, 2, 3])
-    writer.add([500])
+    writer.add([1, 2, 3], 2**64 - 1)
+    writer.add([500], 7)
     writer.close()
     assert (tmp_path / "a-00000.bin").read_bytes() == struct.pack("<4H", 1, 2, 3, 500)
     assert (tmp_path / "a-00000.idx").read_bytes() == (
@@ -102,10 +104,22 @@ def test_a_changed_index_is_named(tmp_path, offset, value):
 def test_a_shard_of_another_run_is_noticed(tmp_path):
     write(tmp_path, {"a": random_documents(5, 3, 1000)}, max_shard_tokens=1000)
     writer = ShardWriter(tmp_path / "train", "a", 1000, 1000)
-    writer.add([1, 2, 3])
+    writer.add([1, 2, 3], 0)
     writer.close()
     with pytest.raises(UserError, match="a-00000"):
         TokenShards.open(tmp_path, "train")
+
+
+def test_digests_are_missed_and_their_damage_is_noticed(tmp_path):
+    write(tmp_path, {"a": random_documents(7, 3, 1000)}, max_shard_tokens=1000)
+    path = tmp_path / "train" / "a-00000.digests"
+    assert path.read_bytes() == struct.pack("<3Q", *(sum(document) for document in random_documents(7, 3, 1000)))
+    path.write_bytes(path.read_bytes()[:-8])
+    with pytest.raises(UserError, match="holds 2 digests for 3 documents"):
+        _ = TokenShards.open(tmp_path, "train").digests_D
+    path.unlink()
+    with pytest.raises(UserError, match=re.escape("a-00000.digests is not there")):
+        _ = TokenShards.open(tmp_path, "train").digests_D
 
 
 def test_missing_files_splits_and_other_tokenizers_are_errors(tmp_path):

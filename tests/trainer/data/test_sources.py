@@ -16,7 +16,8 @@ import zstandard
 from trainer.config import Prepare, Source
 from trainer.data import bytestream
 from trainer.data.corpus import Corpus, collect
-from trainer.data.sources import BadDocument, Document, find_files, read_file
+from trainer.data.files import find_files
+from trainer.data.sources import BadDocument, Document, read_file
 from trainer.errors import UserError
 
 COMPRESS = {".gz": gzip.compress, ".xz": lzma.compress, ".bz2": bz2.compress, ".zst": zstandard.compress}
@@ -208,7 +209,47 @@ def test_a_path_that_gives_no_file_is_named(tmp_path, missing):
         find_files(text_source(here, tmp_path / missing))
 
 
-@pytest.mark.parametrize("name", ["a.tar.xz", "a.tgz", "a.zip"])
+def test_links_are_followed_and_each_file_is_taken_once(tmp_path):
+    """A linked folder, a linked file, a loop, and two ways to one folder."""
+    root, outside = tmp_path / "root", tmp_path / "outside"
+    for folder in (root / "sub", outside / "deep"):
+        folder.mkdir(parents=True)
+    lines_file(outside / "deep" / "a.txt", ["a"])
+    lines_file(outside / "b.txt", ["b"])
+    lines_file(root / "sub" / "c.txt", ["c"])
+    (root / "linked").symlink_to(outside)
+    (root / "also").symlink_to(outside)
+    (root / "sub" / "loop").symlink_to(root)
+    (root / "file.txt").symlink_to(root / "sub" / "c.txt")
+    every = [root / "also/b.txt", root / "also/deep/a.txt", root / "file.txt"]
+    assert find_files(text_source(root)) == every
+    assert sorted(texts(text_source(root))) == ["a\n", "b\n", "c\n"]
+    assert len(find_files(text_source(f"{root}/**/*.txt"))) == 3
+
+
+def test_a_link_to_nothing_is_a_bad_document(tmp_path):
+    lines_file(tmp_path / "a.txt", ["here"])
+    for name in ("folder", "z.txt"):
+        (tmp_path / name).symlink_to(tmp_path / "gone")
+    (tmp_path / "self").symlink_to(tmp_path / "self")
+    wanted = [("dangling_link", str(tmp_path / name)) for name in ("folder", "self", "z.txt")]
+    for source in (text_source(tmp_path), text_source(tmp_path / "*"), text_source(*sorted(tmp_path.iterdir()))):
+        assert bad(source) == wanted
+    with pytest.raises(UserError, match=r"z.txt: a link to .*gone, which is not there"):
+        corpus_of(tmp_path / "one", text_source(tmp_path / "z.txt"))
+    skipping = text_source(tmp_path, on_bad_document="skip")
+    train = text_source(lines_file(tmp_path / "more", ["x", "y"]), document="line", split="train")
+    corpus = corpus_of(tmp_path / "two", skipping.model_copy(update={"split": "validation"}), train)
+    assert dict(corpus.sources[0].dropped)["dangling_link"] == 3
+
+
+@pytest.mark.parametrize("name", ["notes.zip.txt", "a.tar.txt", "b.rar.jsonl", "c.7z.gz"])
+def test_only_the_last_suffix_makes_an_archive(tmp_path, name):
+    (tmp_path / name).touch()
+    assert find_files(text_source(tmp_path / name)) == [tmp_path / name]
+
+
+@pytest.mark.parametrize("name", ["a.tar.xz", "a.tar.zst", "a.tar", "a.tgz", "a.txt.zip", "A.ZIP"])
 def test_archives_are_refused(tmp_path, name):
     (tmp_path / name).touch()
     with pytest.raises(UserError, match="unpack"):
