@@ -100,7 +100,7 @@ def test_page_stands_alone(whole):
 def test_page_shows_what_was_measured(whole):
     shown = text_of((whole.run_dir / "report.html").read_text())
     for expected in ("8.0×", "12 → 1.5 ms", "970", "300,000", "duplicate 10", "resumed at step 20", "1 min 40 s",
-                     "student onnx int8 1 × 128 ok 1.5 1.65 1.95", "Test CPU, 2 threads",
+                     "student onnx int8 1 × 128 ok 1.5 1.65 1.95 400", "Test CPU, 2 threads",
                      "2 min 30 s", "lmworks pretrain quickstart pretrain.max_steps=40"):  # fmt: skip
         assert expected in shown, expected
 
@@ -283,7 +283,7 @@ def test_refused_and_failed_rows_are_never_numbers(tmp_path, capsys):
     assert "0.1234" not in page and "0.5432" not in page
     said = text_of(page)
     assert "teacher eager failed: RuntimeError: out of memory" in said
-    assert "student onnx int8 1 × 128 refused – – – – – – –" in said
+    assert "student onnx int8 1 × 128 refused – – – – – – – –" in said
 
 
 def test_unstable_rows_without_numbers(tmp_path, capsys):
