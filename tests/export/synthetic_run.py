@@ -188,6 +188,9 @@ def bench_report():
 def bench(recipe, change=None):
     """Write bench/report.json; `change` may alter each row in place."""
     report = bench_report()
+    for name, model in report["models"].items():
+        folders = {"model": recipe.exported_models()[name], "export": recipe.stage_dir("export") / name}
+        model["sha256"] = {what: content_hash(folder) for what, folder in folders.items() if folder.is_dir()}
     for row in report["rows"]:
         if change is not None:
             change(row)

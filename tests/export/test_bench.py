@@ -16,7 +16,7 @@ from export.io_spec import read_spec
 from export.runners import open_torch
 from export.windows import Measurement, Window
 from tests.export.conftest import build_tokenizer
-from trainer.artifact import hash_file, read_artifact, write_json
+from trainer.artifact import content_hash, hash_file, read_artifact, write_json
 from trainer.config import Export, Recipe
 from trainer.errors import GateFailed, UserError
 
@@ -71,6 +71,8 @@ def test_the_whole_stage_writes_its_report(exported, model_folder, documents, mo
     assert values["eager"] == values["onnx_fp32"]
     assert {entry["metric"] for entry in report["quality"]} == {"masked_accuracy"}
     model = open_torch(model_folder("bert"), 1).call.model
+    hashes = {"model": content_hash(model_folder("bert")), "export": content_hash(exported / "export" / "m")}
+    assert report["models"]["m"]["sha256"] == hashes
     assert report["models"]["m"]["parameters"] == sum(parameter.numel() for parameter in model.parameters())
     assert "onnx_int8" in capsys.readouterr().out
 
