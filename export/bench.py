@@ -39,6 +39,7 @@ from trainer.recipe_file import require_section
 _COLUMNS = (  # heading, key of a row, format
     ("p50 ms", "p50_ms", ".2f"),
     ("p99 ms", "p99_ms", ".2f"),
+    ("calls", "calls", ",d"),
     ("tokens/s", "real_tokens_per_s", ",.0f"),
     ("peak MiB", "peak_memory_mib", ",.0f"),
     ("file MiB", "file_mib", ".1f"),
@@ -87,7 +88,7 @@ def run(recipe: Recipe) -> None:
     with tempfile.TemporaryDirectory() as scratch, _progress(pairs) as advance:
         for name, model in models.items():
             subject = prepare_subject(recipe, recipe.bench, name, model, Path(scratch))
-            report["models"][name] = {"parameters": count_parameters(model), "file_mib": _weights_mib(model)}
+            report["models"][name] = describe_model(subject)
             for backend in recipe.bench.backends:
                 advance(f"{name} {backend}")
                 rows, quality = measure_backend(subject, backend, recipe.bench, threads, Path(scratch))
@@ -213,6 +214,16 @@ def count_parameters(model: Path) -> int | None:
         with safe_open(file, framework="np") as weights:
             total += sum(int(np.prod(weights.get_slice(key).get_shape())) for key in weights.keys())  # noqa: SIM118
     return total if files else None
+
+
+def describe_model(subject: Subject) -> dict[str, Any]:
+    """What was measured: size, and content hashes of the model and of its export (None where there is none)."""
+    exported = content_hash(subject.exported) if (subject.exported / ARTIFACT_FILE).is_file() else None
+    return {
+        "parameters": count_parameters(subject.model),
+        "file_mib": _weights_mib(subject.model),
+        "sha256": {"model": content_hash(subject.model), "export": exported},
+    }
 
 
 def describe_machine(threads: int) -> dict[str, Any]:

@@ -83,6 +83,13 @@ def check_parity(
     }
 
 
+def holds_under(metrics: Mapping[str, Any], tolerance: Tolerance) -> bool:
+    """Whether evidence that was gathered under one tolerance would pass under another."""
+    limits = (("max_abs", tolerance.max_abs), ("relative_rms", tolerance.relative_rms))
+    near = all(limit is None or metrics[name] <= limit for name, limit in limits)
+    return near and metrics["top1"] >= tolerance.min_top1
+
+
 def check_signature(what: str, spec: IoSpec, candidate: OnnxRunner) -> None:
     """Raise GateFailed unless the graph has exactly the spec's inputs and outputs: names, types and axes."""
     for kind, declared, needed in (

@@ -108,11 +108,13 @@ def headline(summary: Row) -> list[tuple[str, str, str]]:
 
 
 def summary_lines(summary: Row) -> list[str]:
-    """The five lines that a terminal shows."""
+    """The lines that a terminal shows, of five those for which anything was measured."""
     texts = {name: (value, note) for name, value, note in headline(summary)}
     rows = (("loss", "Validation loss"), ("parameters", "Parameters"), ("latency", "Median latency"),
             ("speed-up", "Speed-up"), ("size", "Size on disk"))  # fmt: skip
-    return [f"{label:<11} {texts[name][0]}  ({texts[name][1]})" for label, name in rows]
+    return [
+        f"{label:<11} {texts[name][0]}  ({texts[name][1]})" for label, name in rows if set(texts[name][0]) - set("– →")
+    ]
 
 
 def absent(found: Results) -> list[str]:

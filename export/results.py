@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from trainer.artifact import ARTIFACT_FILE, hash_file, read_artifact
+from trainer.artifact import ARTIFACT_FILE, content_hash, hash_file, read_artifact
 from trainer.config import Recipe
 from trainer.errors import UserError
 
@@ -71,7 +71,7 @@ def read_results(recipe: Recipe) -> Results:
         trained={name: one for name, stage in STAGES.items() if (one := _trained(recipe, name, stage))},
         exported=exported,
         verified={pair: good for name, record in exported.items() for pair, good in _proofs(name, record, export)},
-        bench=_json(recipe.stage_dir("bench") / "report.json"),
+        bench=_bench(recipe),
         chain=(_json(folder / "chain.json") or {}).get("stages", {}),
     )
     if not (found.data or found.trained or found.exported or found.bench):
@@ -239,6 +239,33 @@ def _proofs(name: str, record: Row, export: Path) -> Iterable[tuple[tuple[str, s
             proof = proofs.get(file)
             passed = proof is not None and proof.get("passed", True) and proof["sha256"] == hash_file(path)
             yield (name, backend), passed
+
+
+def _bench(recipe: Recipe) -> Row | None:
+    """The benchmark's report; rows of a model or an export that was replaced since are outdated, without figures."""
+    report = _json(recipe.stage_dir("bench") / "report.json")
+    if report is None:
+        return None
+    measured_pairs = {(row["model"], row["backend"]) for row in report["rows"]}
+    reasons = {pair: _outdated(recipe, report, *pair) for pair in measured_pairs}
+    rows = [_without_figures(row, reasons[row["model"], row["backend"]]) for row in report["rows"]]
+    quality = [entry for entry in report["quality"] if not reasons.get((entry["model"], entry["backend"]))]
+    return report | {"rows": rows, "quality": quality}
+
+
+def _outdated(recipe: Recipe, report: Row, name: str, backend: str) -> str:
+    """Why a row is not about what is there now; nothing if it is, or if nothing is there to be held against."""
+    what = "model" if backend in _SOURCE_BACKENDS else "export"
+    folder = recipe.exported_models().get(name) if what == "model" else recipe.stage_dir("export") / name
+    if folder is None or not folder.is_dir():
+        return ""
+    measured = report["models"].get(name, {}).get("sha256", {}).get(what)
+    return "" if measured == content_hash(folder) else f"the {what} was replaced after it was measured; run bench again"
+
+
+def _without_figures(row: Row, reason: str) -> Row:
+    kept = ("model", "backend", "batch_size", "sequence_length", "threads")
+    return {key: row[key] for key in kept} | {"status": "outdated", "reason": reason} if reason else row
 
 
 def _artifact(folder: Path) -> Row | None:

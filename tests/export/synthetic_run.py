@@ -168,7 +168,7 @@ def bench_report():
                          "p90_ms": p50 * factor * 1.1,
                          "p99_ms": p50 * factor * 1.3, "samples_per_s": 1000 * batch / (p50 * factor),
                          "real_tokens_per_s": 1000 * batch * length / (p50 * factor), "peak_memory_mib": 300.0,
-                         "file_mib": mib, "cpu_share": 0.98, "windows": 4})  # fmt: skip
+                         "file_mib": mib, "cpu_share": 0.98, "windows": 4, "calls": 400})  # fmt: skip
     quality = [
         {"model": model, "backend": backend, "metric": "masked_accuracy", "sequences": 256,
          "value": QUALITY[model] - (0.005 if backend == "onnx_int8" else 0.0)}
@@ -188,6 +188,9 @@ def bench_report():
 def bench(recipe, change=None):
     """Write bench/report.json; `change` may alter each row in place."""
     report = bench_report()
+    for name, model in report["models"].items():
+        folders = {"model": recipe.exported_models()[name], "export": recipe.stage_dir("export") / name}
+        model["sha256"] = {what: content_hash(folder) for what, folder in folders.items() if folder.is_dir()}
     for row in report["rows"]:
         if change is not None:
             change(row)

@@ -97,7 +97,7 @@ def test_the_text_holds_data_training_parity_and_speed(whole):
         ["processor", "Test CPU, 2 cores, 8.0 GiB"],
         ["validation", "loss", "2.75"],
         ["model_quantized.onnx", "int8", "0.0005722", "passed", "2e-06", "1e-06", "1"],
-        ["onnx int8", "1 × 128", "ok", "1.5", "1.95", "85,333", "300"],
+        ["onnx int8", "1 × 128", "ok", "1.5", "1.95", "400", "85,333", "300"],
     ):
         assert expected in rows, expected
     text = (folders(whole)["student"] / "README.md").read_text()
@@ -125,7 +125,7 @@ def test_unverified_files_have_no_numbers(tmp_path):
     rows = tables(text)
     file = next(row for row in rows if row[0] == "model_quantized.onnx")
     assert file[3:] == ["not shown for this file", "–", "–", "–"]
-    assert ["onnx int8", "1 × 128", "ok, parity not shown", "–", "–", "–", "–"] in rows
+    assert ["onnx int8", "1 × 128", "ok, parity not shown", "–", "–", "–", "–", "–"] in rows
     metrics = front_matter(text)["model-index"][0]["results"][0]["metrics"]
     assert [metric["name"] for metric in metrics] == ["masked_accuracy (benchmark, onnx_fp32)"]
 
@@ -135,7 +135,7 @@ def test_failed_rows_have_no_numbers(tmp_path):
     bench(recipe, lambda row: row.update(status="failed", reason="x"))
     write_cards(read_results(recipe))
     rows = tables((recipe.model_dir("distill") / "README.md").read_text())
-    assert ["eager", "1 × 128", "failed", "–", "–", "–", "–"] in rows
+    assert ["eager", "1 × 128", "failed", "–", "–", "–", "–", "–"] in rows
 
 
 def test_a_card_of_somebody_else_is_left_alone(tmp_path):

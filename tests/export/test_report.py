@@ -100,7 +100,7 @@ def test_page_stands_alone(whole):
 def test_page_shows_what_was_measured(whole):
     shown = text_of((whole.run_dir / "report.html").read_text())
     for expected in ("8.0×", "12 → 1.5 ms", "970", "300,000", "duplicate 10", "resumed at step 20", "1 min 40 s",
-                     "student onnx int8 1 × 128 ok 1.5 1.65 1.95", "Test CPU, 2 threads",
+                     "student onnx int8 1 × 128 ok 1.5 1.65 1.95 400", "Test CPU, 2 threads",
                      "2 min 30 s", "lmworks pretrain quickstart pretrain.max_steps=40"):  # fmt: skip
         assert expected in shown, expected
 
@@ -185,7 +185,11 @@ def test_only_pretrained(tmp_path, capsys):
         assert f"{stage}: it has not run, or not finished, so its part is left out." in said
     assert "Speed, memory and size" not in page and "Export and parity" not in page
     assert {path.name for path in (recipe.run_dir / "plots").iterdir()} == {"loss.png", "throughput.png"}
-    assert "speed-up    –" in shown
+    assert [line.split()[0] for line in shown.splitlines()[:-1]] == ["loss", "parameters"]
+    assert shown.splitlines()[:2] == [
+        "loss        2.5 → –  (teacher → student, nats per target token)",
+        "parameters  11.0 M → –  (teacher → student)",
+    ]
 
 
 def test_a_stage_that_the_recipe_does_not_ask_for(tmp_path, capsys):
@@ -283,7 +287,7 @@ def test_refused_and_failed_rows_are_never_numbers(tmp_path, capsys):
     assert "0.1234" not in page and "0.5432" not in page
     said = text_of(page)
     assert "teacher eager failed: RuntimeError: out of memory" in said
-    assert "student onnx int8 1 × 128 refused – – – – – – –" in said
+    assert "student onnx int8 1 × 128 refused – – – – – – – –" in said
 
 
 def test_unstable_rows_without_numbers(tmp_path, capsys):
@@ -308,6 +312,42 @@ def test_a_file_changed_after_its_parity_is_not_verified(tmp_path, capsys):
     assert summary["parity_passed"] is False
     assert (summary["student_backend"], summary["student_latency_ms"]) == ("onnx_fp32", 4.0)
     assert "no evidence for this file" in page and "(parity not shown)" in page
+
+
+@pytest.mark.parametrize(
+    ("replaced", "outdated", "seen"),
+    [
+        ("model", {"eager", "compile"}, (12.0, 1.5, "onnx_int8")),
+        ("export", {"onnx_fp32", "onnx_int8"}, (12.0, 6.0, "compile")),
+    ],
+)
+def test_rows_of_a_model_that_was_replaced_are_outdated(tmp_path, capsys, replaced, outdated, seen):
+    recipe = build(tmp_path / "demo")
+    if replaced == "model":
+        (recipe.model_dir("distill") / "model.safetensors").write_bytes(b"trained again")
+        write_artifact(recipe.model_dir("distill"), "model", recipe_sha256="", parents={}, about={"parameters": 3})
+    else:
+        (recipe.stage_dir("export") / "student" / "config.json").write_text("{}")
+        record = json.loads((recipe.stage_dir("export") / "student" / "artifact.json").read_text())
+        write_artifact(recipe.stage_dir("export") / "student", "onnx", recipe_sha256="", parents={},
+                       evidence=record["evidence"])  # fmt: skip
+    summary, page, _ = report(recipe, capsys)
+    assert (summary["teacher_latency_ms"], summary["student_latency_ms"], summary["student_backend"]) == seen
+    found = read_results(recipe).bench
+    assert {row["backend"] for row in found["rows"] if row["status"] == "outdated"} == outdated
+    assert not [entry for entry in found["quality"] if entry["model"] == "student" and entry["backend"] in outdated]
+    assert f"the {replaced} was replaced after it was measured; run bench again" in page
+
+
+def test_rows_without_a_record_of_what_was_measured_are_outdated(tmp_path):
+    recipe = build(tmp_path / "demo")
+    path = recipe.stage_dir("bench") / "report.json"
+    old = json.loads(path.read_text())
+    for model in old["models"].values():
+        del model["sha256"]
+    path.write_text(json.dumps(old))
+    summary = summarize(read_results(recipe))
+    assert (summary["teacher_latency_ms"], summary["speedup"], summary["student_mib"]) == (None, None, None)
 
 
 def test_an_export_without_evidence_is_not_verified(tmp_path):
