@@ -3,7 +3,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 
 from trainer.errors import UserError
-from trainer.models import train_flops_per_token
+from trainer.models import train_flops
 from trainer.planning.cost import flops_per_token
 from trainer.planning.shapes import FAMILIES, shape_of
 
@@ -42,7 +42,8 @@ def test_counts_are_those_of_transformers(architecture, keys):
     model, (shape, unread) = on_meta(architecture, keys), shape_of(architecture, keys)
     assert unread == ()
     assert shape.parameters().total == sum(parameter.numel() for parameter in model.parameters())
-    assert flops_per_token(shape, 128) == train_flops_per_token(model, 128)
+    for share in (1.0, 0.15):
+        assert flops_per_token(shape, 128, share) == pytest.approx(train_flops(model, 128).of(1, share), rel=1e-12)
 
 
 @pytest.mark.parametrize("architecture", FAMILIES)
