@@ -141,7 +141,7 @@ def _module(
     plan = choose_loss_plan(training.cross_entropy, model, targets, False, device, say)
     if training.gradient_checkpointing:
         checkpoint_layers(model)
-    kind: CrossEntropy = "liger" if plan.liger else "full" if plan.targets_at_once is None else "chunked"
+    kind: CrossEntropy = "liger" if plan.liger else "chunked" if plan.parts > 1 else "full"
     return LanguageModel(model, kernel, plan).to(device).train(), kernel, kind
 
 
