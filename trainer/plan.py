@@ -2,7 +2,7 @@
 runs. The formulas are in `planning`; here they are put together, shown and written. `--probe` measures what they say.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,9 @@ from trainer.config import EngineConfig, Recipe, nearest_multiples
 from trainer.errors import UserError
 from trainer.planning.case import Case, case_of
 from trainer.planning.cost import (
-    computed_flops_per_token,
     flops_per_token,
     forward_flops_per_token,
+    recomputed_flops_per_token,
     step_seconds,
     traffic,
 )
@@ -49,6 +49,7 @@ def run(
 
         plan["probe"] = measure(recipe)
         console.print(_probe_table(plan["probe"]))
+        _notes(console, plan["probe"]["notes"])
     if json is not None:
         write_json(json, plan)
     return plan
@@ -65,9 +66,9 @@ def plan_stage(workload: Workload, gpu: Gpu, gpus: int, mfu: float) -> dict[str,
         near = nearest_multiples(training.global_batch_size, at_once)
         batch = f"global_batch_size {training.global_batch_size} does not divide over {gpus} GPU(s) x "
         notes += (f"{batch}micro_batch_size {training.micro_batch_size}; nearest: {near}",)
-    flops = flops_per_token(shape, length)
-    computed = computed_flops_per_token(shape, length, workload.target_share, training.gradient_checkpointing)
-    teacher = forward_flops_per_token(workload.teacher, length) if workload.teacher else 0.0
+    flops = flops_per_token(shape, length, workload.target_share)
+    again = recomputed_flops_per_token(shape, length) if training.gradient_checkpointing else 0.0
+    teacher = forward_flops_per_token(workload.teacher, length, workload.target_share) if workload.teacher else 0.0
     step_s = step_seconds((flops + teacher) * workload.step_tokens, gpus, gpu, training.precision, mfu)
     return {
         "stage": workload.stage,
@@ -87,7 +88,8 @@ def plan_stage(workload: Workload, gpu: Gpu, gpus: int, mfu: float) -> dict[str,
         "cross_entropy": case.batch.cross_entropy,
         "dense_attention_mask": case.batch.mask_elements > 0,
         "flops_per_token": flops,
-        "computed_flops_per_token": computed,
+        "flops_per_token_all_targets": flops_per_token(shape, length),
+        "recomputed_flops_per_token": again,
         "teacher_flops_per_token": teacher,
         "max_steps": training.max_steps,
         "tokens": workload.step_tokens * training.max_steps,
@@ -159,8 +161,8 @@ def _show(console: Console, stage: Mapping[str, Any], plan: Mapping[str, Any]) -
         "parameters": f"{stage['parameters']:,} ({sizes}){teacher}",
         "step": f"{stage['tokens_per_step']:,} tokens: {stage['global_batch_size']} rows of "
         f"{stage['sequence_length']}, {stage['accumulation']} x {stage['micro_batch_size']} rows on each GPU",
-        "FLOPs a token": f"{stage['flops_per_token']:.4g} (6 N + 12 L D T); "
-        f"{stage['computed_flops_per_token']:.3g} computed: head at targets only, blocks again if checkpointed",
+        "FLOPs a token": f"{stage['flops_per_token']:.4g}: 6 N + 12 L D T, the output matrix at targets only "
+        f"({stage['flops_per_token_all_targets']:.4g} at all tokens){_more_flops(stage)}",
         "time": f"{_duration(stage['hours'])} for {stage['max_steps']:,} steps, {stage['tokens']:.3g} tokens: "
         f"{stage['step_s']:.3g} s a step at {plan['mfu']:.0%} of the peak (assumed), "
         f"up to {exchange:.2g} s more where nothing hides communication",
@@ -171,8 +173,17 @@ def _show(console: Console, stage: Mapping[str, Any], plan: Mapping[str, Any]) -
         console.print(f"  {name:<14} {line}", soft_wrap=True)
     console.print(_memory_table(stage))
     console.print(_choice_table(stage))
-    for note in stage["notes"]:
+    _notes(console, stage["notes"])
+
+
+def _notes(console: Console, notes: Iterable[str]) -> None:
+    for note in notes:
         console.print(f"  {note}", style="dim", markup=False, soft_wrap=True)
+
+
+def _more_flops(stage: Mapping[str, Any]) -> str:
+    more = {"recomputation": stage["recomputed_flops_per_token"], "the teacher": stage["teacher_flops_per_token"]}
+    return "".join(f"; {flops:.3g} more for {what}" for what, flops in more.items() if flops)
 
 
 def _duration(hours: float) -> str:

@@ -11,6 +11,7 @@ tensor for each matrix product that reads it.
 Shapes: B rows, T tokens in a row, M = B * T tokens, N target tokens, D hidden size, F inner size, V vocabulary.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -97,7 +98,7 @@ class Activations:
         return self.kept - self.unseen
 
 
-# Log-probabilities of one part under `chunked` (trainer/heads.py: 2^28 bytes of float32 logits).
+# Log-probabilities of one part under `chunked`, at the most (trainer/heads.py: 2^28 bytes of float32 logits).
 _PART_ELEMENTS = 2**26
 
 
@@ -220,7 +221,7 @@ def _head(shape: Shape, numerics: Numerics, batch: MicroBatch) -> float:
     whole = N * _INDEX
     if batch.cross_entropy == "chunked":  # the parts' inputs, and one part's insides
         whole += N * D * numerics.stream
-        N = _last_part(shape, batch)
+        N = _at_once(shape, batch)
     if shape.family.causal:
         return whole + _read(numerics, N * D, 1)
     inside = N * D * (numerics.matrix + numerics.odd_norm) + N * _STATISTICS  # of the activation, of the norm
@@ -242,15 +243,13 @@ def _logits(shape: Shape, numerics: Numerics, batch: MicroBatch, distilling: boo
     kept, forward, backward = (12.0, 2 * numerics.matrix + 8.0, 12.0) if distilling else (4.0, 4.0, 8.0)
     if not distilling and numerics.matrix < 4:
         forward += numerics.matrix
-    elements = float(batch.targets * shape.vocabulary)
-    if batch.cross_entropy == "full":
-        return targets + kept * elements, forward * elements, backward * elements
-    part, last = float(min(elements, _PART_ELEMENTS)), float(_last_part(shape, batch) * shape.vocabulary)
-    # The last part's are kept. A part before it is made anew in the backward pass, when the last's are gone.
-    return targets + kept * last, (kept + forward) * part - kept * last, (kept + backward) * part - kept * last
+    # In parts, the last part's are kept; one before it is made anew in the backward pass, when the last's are gone.
+    elements = float(_at_once(shape, batch) * shape.vocabulary)
+    return targets + kept * elements, forward * elements, backward * elements
 
 
-def _last_part(shape: Shape, batch: MicroBatch) -> int:
-    """Targets in the last part under `chunked`."""
-    part = max(1, _PART_ELEMENTS // shape.vocabulary)
-    return batch.targets % part or min(part, batch.targets)
+def _at_once(shape: Shape, batch: MicroBatch) -> int:
+    """Targets whose logits are there together: all, or those of one of the equal parts under `chunked`."""
+    if batch.cross_entropy != "chunked":
+        return batch.targets
+    return math.ceil(batch.targets / math.ceil(batch.targets * shape.vocabulary / _PART_ELEMENTS))

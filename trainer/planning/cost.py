@@ -13,24 +13,26 @@ from trainer.planning.shapes import Shape
 DEFAULT_MFU = 0.4
 
 
-def flops_per_token(shape: Shape, length: int) -> float:
-    """Of forward and backward: 6 N + 12 L D T (PaLM, arXiv:2204.02311, appendix B); `models.train_flops`.
+def flops_per_token(shape: Shape, length: int, target_share: float = 1.0) -> float:
+    """Of forward and backward: 6 N + 12 L D T (PaLM, arXiv:2204.02311, appendix B), as `models.train_flops` counts.
 
-    Every matrix counts for every token, attention in full also for causal models, recomputation not at all.
+    Attention is counted in full also for causal models, recomputation not at all, the output matrix at the share of
+    tokens that are targets. Published figures count it at all of them.
     """
-    return 6.0 * shape.parameters().multiplying + 12.0 * shape.layers * shape.hidden * length
-
-
-def computed_flops_per_token(shape: Shape, length: int, target_share: float, checkpointing: bool) -> float:
-    """What is really multiplied: the head at target tokens only, blocks once more under checkpointing."""
     counts = shape.parameters()
-    blocks = 6.0 * (counts.multiplying - counts.head) + 12.0 * shape.layers * shape.hidden * length
-    return blocks * (4 / 3 if checkpointing else 1.0) + 6.0 * counts.head * target_share
+    elsewhere = 6.0 * (counts.multiplying - counts.embedding) + 12.0 * shape.layers * shape.hidden * length
+    return elsewhere + target_share * 6.0 * counts.embedding
 
 
-def forward_flops_per_token(shape: Shape, length: int) -> float:
+def recomputed_flops_per_token(shape: Shape, length: int) -> float:
+    """What gradient checkpointing adds: the forward pass of the blocks once more."""
+    counts = shape.parameters()
+    return 2.0 * (counts.block_matrices + counts.block_norms) + 4.0 * shape.layers * shape.hidden * length
+
+
+def forward_flops_per_token(shape: Shape, length: int, target_share: float) -> float:
     """A teacher's share: a third of training."""
-    return flops_per_token(shape, length) / 3
+    return flops_per_token(shape, length, target_share) / 3
 
 
 @dataclass(frozen=True)

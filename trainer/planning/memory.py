@@ -280,12 +280,9 @@ def _teacher_weights(teacher: Shape | None) -> float:
 
 
 def _teacher_forward(case: Case, numerics: Numerics) -> float:
-    """A forward pass without gradients: causal models hand out the hidden states of all blocks."""
+    """A forward pass without gradients: what a block works on. Its logits are a part of the losses' memory."""
     teacher, batch = case.teacher, case.batch
     if teacher is None:
         return 0.0
     size = numerics.matrix if numerics.casts else 4
-    states = teacher.layers + 1 if teacher.family.causal else 3
-    wide = batch.tokens * 2 * teacher.inner * size
-    logits = batch.targets * teacher.vocabulary * size * (2 if teacher.family.causal else 1)
-    return float(batch.tokens * teacher.hidden * 4 * states + wide + logits)
+    return float(batch.tokens * (3 * 4 * teacher.hidden + 2 * size * teacher.inner))

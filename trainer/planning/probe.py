@@ -5,17 +5,18 @@ On a GPU the peak is torch's own count. On a CPU it is summed from the allocatio
 what autograd holds is counted tensor by tensor, each storage once.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from tokenizers import Tokenizer, models
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from trainer.attention import attention_dropout, choose_attention
 from trainer.config import MaskedLM, Recipe
 from trainer.data.masking import masking
 from trainer.data.packing import PackedRows, StreamRows
@@ -24,9 +25,10 @@ from trainer.data.stream import Batch, BatchPlan, TrainStream
 from trainer.data.tokenizer_training import BERT_SPECIALS, ROBERTA_SPECIALS, specials_of
 from trainer.engine.optim import build_optimizer
 from trainer.errors import UserError
-from trainer.models import LanguageModel, build, decay_groups, load_tokenizer
+from trainer.heads import choose_loss_plan
+from trainer.models import LanguageModel, build, checkpoint_layers, decay_groups, load_tokenizer
 from trainer.objectives.language_model import language_model
-from trainer.planning.activations import Numerics, activations
+from trainer.planning.activations import CrossEntropy, Numerics, activations
 from trainer.planning.case import plain_case
 from trainer.planning.memory import footprint, kept_weight_copies, standard_strategies
 from trainer.planning.workload import Workload, workloads
@@ -37,8 +39,10 @@ _MICRO_STEPS = 2  # from the second on, gradients of all parameters are there be
 
 @dataclass(frozen=True)
 class Measured:
-    """Bytes."""
+    """Bytes, and the kernels that they were measured with."""
 
+    attention: str
+    cross_entropy: CrossEntropy
     weights: int
     gradients: int
     optimizer: int
@@ -50,10 +54,14 @@ def probe(recipe: Recipe) -> dict[str, Any]:
     """Parts of the pretrain stage's memory, predicted for one process and measured, with the prediction's error."""
     if recipe.pretrain is None:
         raise UserError("--probe: the recipe has no `pretrain` section", "one whose model can be built and run")
-    workload = next(workload for workload in workloads(recipe) if workload.stage == "pretrain")
+    workload = workloads(recipe)[0]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    said: list[str] = []
+    measured = measure(recipe, workload, device, said.append)
     case = plain_case(workload, cuda=device.type == "cuda")
-    measured = measure(recipe, workload, device)
+    dense_mask = measured.attention == "sdpa"
+    batch = replace(case.batch, dense_mask=dense_mask, cross_entropy=measured.cross_entropy)
+    case = replace(case, batch=batch)
     strategy = standard_strategies()[0]  # ddp
     peak = footprint(case, 1, strategy)
     numerics = Numerics.of(case.precision, strategy.autocast(case.precision), case.cuda)
@@ -67,30 +75,24 @@ def probe(recipe: Recipe) -> dict[str, Any]:
     }
     return {
         "device": torch.cuda.get_device_name(device) if case.cuda else "CPU",
-        "what": f"{case.batch.rows} rows of {case.batch.length} tokens, {case.precision}, sdpa, all logits at once",
+        "what": f"{case.batch.rows} rows of {case.batch.length} tokens, {case.precision}",
         "parts": [
             {"part": part, "predicted_bytes": predicted, "measured_bytes": real, "error": predicted / real - 1}
             for part, (predicted, real) in pairs.items()
         ],
+        "notes": said,
     }
 
 
-def measure(recipe: Recipe, workload: Workload, device: torch.device) -> Measured:
+def measure(recipe: Recipe, workload: Workload, device: torch.device, say: Callable[[str], None]) -> Measured:
     """Two optimizer steps of two micro-batches each; the second is measured, and then what a forward pass keeps."""
-    stage = recipe.pretrain
-    assert stage is not None
-    causal = stage.objective.name == "causal_lm"
-    tokenizer = _tokenizer(recipe, workload)
-    model = build(stage.model, tokenizer, causal, stage.data.sequence_length, recipe.seed)
-    if stage.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    module = LanguageModel(model).to(device).train()
-    groups = decay_groups(module, stage.optim.weight_decay)
-    optimizer = build_optimizer(
-        stage.optim, groups, lambda text: None, device_type=device.type, offload=False, sharded=False
-    )
-    batches = [batch.to(device) for batch in _batches(recipe, workload, tokenizer)]
-    autocast = _autocast(stage.precision, device)
+    optim = workload.training.optim
+    tokenizer = tokenizer_of(recipe, workload)
+    module, attention, cross_entropy = _module(recipe, workload, tokenizer, device, say)
+    groups = decay_groups(module, optim.weight_decay)
+    optimizer = build_optimizer(optim, groups, say, device_type=device.type, offload=False, sharded=False)
+    batches = [batch.to(device) for batch in random_batches(recipe, workload, tokenizer)]
+    autocast = _autocast(workload.training.precision, device)
 
     def micro_steps() -> None:
         for batch in batches:
@@ -109,15 +111,48 @@ def measure(recipe: Recipe, workload: Workload, device: torch.device) -> Measure
     micro_steps()
     gradients = _bytes_of(p.grad for p in module.parameters() if p.grad is not None)
     saved: dict[int, torch.UntypedStorage] = {}
-    with _recorded(saved), autocast:
+    with recorded(saved), autocast:
         language_model(module, batches[-1])
+    return Measured(
+        attention=attention,
+        cross_entropy=cross_entropy,
+        weights=_bytes_of(module.parameters()),
+        gradients=gradients,
+        optimizer=_bytes_of(_state(optimizer)),
+        saved=kept_bytes(saved, module),
+        peak=peak,
+    )
+
+
+def _module(
+    recipe: Recipe,
+    workload: Workload,
+    tokenizer: PreTrainedTokenizerBase,
+    device: torch.device,
+    say: Callable[[str], None],
+) -> tuple[LanguageModel, str, CrossEntropy]:
+    """The model as `session` prepares it, its attention kernel, and how its logits are made."""
+    stage, training = recipe.pretrain, workload.training
+    assert stage is not None
+    model = build(stage.model, tokenizer, stage.objective.name == "causal_lm", stage.longest_row, recipe.seed)
+    isolated, dropout = workload.data.packing == "isolate", attention_dropout(model.config)
+    kernel = choose_attention(training.attention, model, isolated, device, training.precision, dropout, say)
+    targets = plain_case(workload, cuda=False).batch.targets
+    plan = choose_loss_plan(training.cross_entropy, model, targets, False, device, say)
+    if training.gradient_checkpointing:
+        checkpoint_layers(model)
+    kind: CrossEntropy = "liger" if plan.liger else "chunked" if plan.parts > 1 else "full"
+    return LanguageModel(model, kernel, plan).to(device).train(), kernel, kind
+
+
+def kept_bytes(saved: Mapping[int, torch.UntypedStorage], module: nn.Module) -> int:
+    """Bytes of recorded storages that are not the module's parameters."""
     own = {tensor.untyped_storage().data_ptr() for tensor in module.parameters()}
-    kept = sum(storage.nbytes() for place, storage in saved.items() if place not in own)
-    return Measured(_bytes_of(module.parameters()), gradients, _bytes_of(_state(optimizer)), kept, peak)
+    return sum(storage.nbytes() for place, storage in saved.items() if place not in own)
 
 
 @contextmanager
-def _recorded(saved: dict[int, torch.UntypedStorage]) -> Iterator[None]:
+def recorded(saved: dict[int, torch.UntypedStorage]) -> Iterator[None]:
     """Fills `saved` with the storages that autograd keeps, by their address; holding them keeps addresses apart."""
 
     def pack(tensor: Tensor) -> Tensor:
@@ -157,7 +192,7 @@ def _state(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     return [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
 
 
-def _batches(recipe: Recipe, workload: Workload, tokenizer: PreTrainedTokenizerBase) -> list[Batch]:
+def random_batches(recipe: Recipe, workload: Workload, tokenizer: PreTrainedTokenizerBase) -> list[Batch]:
     """Micro-batches of random tokens, made by the data code; a packed row holds two documents of half its length."""
     rows, length = workload.training.micro_batch_size, workload.data.sequence_length
     causal = workload.objective.name == "causal_lm"
@@ -179,7 +214,7 @@ def _batches(recipe: Recipe, workload: Workload, tokenizer: PreTrainedTokenizerB
     return TrainStream(made, mask, plan, recipe.seed).micro_batches(0)
 
 
-def _tokenizer(recipe: Recipe, workload: Workload) -> PreTrainedTokenizerBase:
+def tokenizer_of(recipe: Recipe, workload: Workload) -> PreTrainedTokenizerBase:
     """The prepared tokenizer, else one with as many entries and the special tokens of its kind."""
     if (recipe.tokenizer_dir / "tokenizer_config.json").is_file():
         return load_tokenizer(recipe.tokenizer_dir)

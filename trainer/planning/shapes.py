@@ -196,11 +196,6 @@ class Parameters:
         return self.total - self.positions - (self.embedding if self.output else 0)
 
     @property
-    def head(self) -> int:
-        """The part of N that works at target tokens only where the model is a masked one."""
-        return self.head_matrices + self.head_norm + (self.output or self.embedding) + self.output_bias
-
-    @property
     def cast(self) -> int:
         """Parameters of which autocast keeps a copy: those of matrix products."""
         return self.block_matrices + self.head_matrices + (self.output or self.embedding) + self.output_bias

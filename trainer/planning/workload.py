@@ -3,7 +3,7 @@ Everything comes from the recipe and from small files (a tokenizer, a config.jso
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,7 @@ class Workload:
 
 def workloads(recipe: Recipe) -> list[Workload]:
     """The recipe's training stages; UserError if it has none, or if the sizes of a model are not known."""
-    found = [_pretrain(recipe, recipe.pretrain)] if recipe.pretrain else []
+    found = list(_pretrain(recipe, recipe.pretrain)) if recipe.pretrain else []
     if recipe.distill:
         found.append(_distill(recipe, recipe.distill))
     if not found:
@@ -49,10 +49,14 @@ def workloads(recipe: Recipe) -> list[Workload]:
     return found
 
 
-def _pretrain(recipe: Recipe, stage: Pretrain) -> Workload:
+def _pretrain(recipe: Recipe, stage: Pretrain) -> Iterator[Workload]:
+    """One for each phase."""
     shape, notes = _pretrained_shape(recipe, stage)
     _check_objective(shape, stage.objective)
-    return Workload("pretrain", stage, stage.data, stage.objective, shape, None, notes)
+    for number in range(1 + len(stage.phases)):
+        name = f"pretrain, phase {number + 1}" if stage.phases else "pretrain"
+        training, data = stage.phase_training(number), stage.phase_data(number)
+        yield Workload(name, training, data, stage.objective, shape, None, notes)
 
 
 def _distill(recipe: Recipe, stage: Distill) -> Workload:
@@ -76,7 +80,7 @@ def _pretrained_shape(recipe: Recipe, stage: Pretrain) -> tuple[Shape, tuple[str
     if stage.model.init_from is not None:
         return _shape_in(stage.model.init_from)
     assert stage.model.architecture is not None
-    return _new_shape(recipe, stage.model.architecture, stage.model.config, stage.data.sequence_length)
+    return _new_shape(recipe, stage.model.architecture, stage.model.config, stage.longest_row)
 
 
 def _student(recipe: Recipe, student: Student, teacher: Shape, length: int) -> tuple[Shape, tuple[str, ...]]:

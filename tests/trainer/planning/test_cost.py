@@ -1,7 +1,7 @@
 import pytest
 
 from trainer.errors import UserError
-from trainer.planning.cost import computed_flops_per_token, flops_per_token, step_seconds, traffic
+from trainer.planning.cost import flops_per_token, recomputed_flops_per_token, step_seconds, traffic
 from trainer.planning.hardware import GPUS
 from trainer.planning.memory import standard_strategies, strategy_of
 from trainer.planning.shapes import shape_of
@@ -38,13 +38,13 @@ def test_the_slowest_link_sets_the_time():
     assert across.seconds == pytest.approx(across.ring_bytes / (50e9 * 0.8))
 
 
-def test_a_masked_model_computes_its_head_at_targets_only():
+def test_the_output_matrix_counts_at_targets_only_and_blocks_again_when_recomputed():
     shape, _ = shape_of("bert", {})
-    whole, some = (computed_flops_per_token(shape, 128, share, checkpointing=False) for share in (1.0, 0.15))
-    assert whole == flops_per_token(shape, 128)
-    assert whole - some == pytest.approx(0.85 * 6 * shape.parameters().head)
-    again = computed_flops_per_token(shape, 128, 0.0, checkpointing=True)
-    assert again == pytest.approx(4 / 3 * computed_flops_per_token(shape, 128, 0.0, checkpointing=False))
+    counts = shape.parameters()
+    assert flops_per_token(shape, 128) == 6 * counts.multiplying + 12 * 12 * 768 * 128
+    assert flops_per_token(shape, 128) - flops_per_token(shape, 128, 0.15) == pytest.approx(0.85 * 6 * 30522 * 768)
+    blocks = 6 * (counts.block_matrices + counts.block_norms) + 12 * 12 * 768 * 128
+    assert recomputed_flops_per_token(shape, 128) == pytest.approx(blocks / 3)
 
 
 def test_time_and_peaks():

@@ -116,7 +116,7 @@ def test_moments_of_the_peak():
     wide = shape_of("bert", {"vocab_size": 300, "num_hidden_layers": 2})[0]
     assert footprint(case(precision="fp32", shape=wide, batch=few), 1, ddp).moment == "backward"
     assert footprint(case(rows=1, batch={"length": 8, "targets": 1}), 1, zero2).moment == "update"
-    teacher = shape_of("gpt2", {"n_layer": 48})[0]
+    teacher = shape_of("gpt2", {"n_inner": 2**15})[0]
     student = shape_of("gpt2", {"n_layer": 1})[0]
     small = case(rows=64, shape=student, teacher=teacher, batch={"targets": 1, "checkpointing": True})
     assert footprint(small, 1, ddp).moment == "teacher"

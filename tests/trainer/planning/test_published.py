@@ -9,7 +9,7 @@ import pytest
 
 BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "plan_against_published.py"
 # By kind, the largest error in per cent that is seen, rounded up.
-BOUNDS = {"memory: activations": 0.2, "parameters": 0.0, "MFU": 1.2, "TFLOP/s": 2.5}
+BOUNDS = {"memory: activations": 0.2, "parameters": 0.0, "MFU": 1.2, "TFLOP/s": 2.7}
 # DeepSpeed's estimator counts by other rules at these stages; the notes of the points say which.
 OTHER_RULES = {"DeepSpeed estimator, T5-3b on 8 GPUs, zero2": -29.2, "DeepSpeed estimator, T5-3b on 8 GPUs, zero3": 8.9}
 
@@ -50,7 +50,7 @@ def test_published_micro_batches_are_let_through(published):
 
 
 def test_a_wrong_formula_would_be_seen(published, monkeypatch):
-    monkeypatch.setattr(published, "flops_per_token", lambda shape, length: 6.0 * shape.parameters().total)
+    monkeypatch.setattr(published, "flops_per_token", lambda shape, length, share=1.0: 6.0 * shape.parameters().total)
     errors = [point.error_percent for point in published.points() if point.kind == "MFU"]
     assert max(map(abs, errors)) > 5 * BOUNDS["MFU"]
 

@@ -42,7 +42,8 @@ def test_counts_are_those_of_transformers(architecture, keys):
     model, (shape, unread) = on_meta(architecture, keys), shape_of(architecture, keys)
     assert unread == ()
     assert shape.parameters().total == sum(parameter.numel() for parameter in model.parameters())
-    assert flops_per_token(shape, 128) == train_flops(model, 128).of(1, 1)
+    for share in (1.0, 0.15):
+        assert flops_per_token(shape, 128, share) == pytest.approx(train_flops(model, 128).of(1, share), rel=1e-12)
 
 
 @pytest.mark.parametrize("architecture", FAMILIES)
