@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from export.parity import holds_under
 from trainer.__main__ import VERBS, main
-from trainer.config import Recipe
+from trainer.config import Parity, Recipe
 from trainer.recipe_file import dump_recipe, load_recipe
 
 ROOT = Path(__file__).parents[1]
@@ -83,10 +84,25 @@ def test_shipped_recipes_load_and_reload_equal(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_shipped_recipes_say_their_command_and_hardware(name):
+def test_shipped_recipes_say_their_command_and_hardware_and_what_comes_of_it(name):
     head = (ROOT / "trainer" / "recipes" / f"{name}.yaml").read_text().split("run_dir:")[0]
-    assert f"lmworks run {name}" in head or re.search(rf"accelerate launch .*-m trainer\.pretrain {name}\b", head)
-    assert "Hardware:" in head
+    assert re.search(rf"^#   (lmworks run|accelerate launch .*-m trainer\.pretrain) {name}\b", head, re.M)
+    for said in ("Hardware", "Duration", "Expect"):
+        assert re.search(rf"^# {said}: .*\d", head, re.M), said
+
+
+def test_the_character_reference_is_made_by_the_commands_as_they_stand(tmp_path, monkeypatch):
+    (block,) = [code for code in re.findall(r"```\n(.*?)```", README, re.S) if "shakespeare-char" in code]
+    making, running = block.splitlines()
+    recipe = (ROOT / "trainer" / "recipes" / "shakespeare-char.yaml").read_text()
+    assert f"#   {making}\n#   {running}\n" in recipe
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "input.txt").write_text("".join(chr(97 + number * number % 26) for number in range(1_115_394)))
+    subprocess.run(making, shell=True, check=True)
+    assert main(["prepare", *running.split()[2:]]) == 0  # the first stage is what may miss its files
+    manifest = json.loads((tmp_path / "runs/shakespeare-char/prepare/data/manifest.json").read_text())
+    counts = [split["characters"] for split in manifest["splits"].values()]
+    assert counts == [1_003_854, 1_115_394 - 1_003_854]  # nanoGPT's 90 %
 
 
 def test_the_readmes_override_example_is_valid():
@@ -101,8 +117,78 @@ def test_links_lead_somewhere():
         assert "://" in target or (ROOT / target).exists(), target
 
 
-def test_benchmark_figures_come_from_committed_results():
-    """Every `tests/benchmarks/results/*.json` that README names exists and is JSON with its command."""
-    named = re.findall(r"tests/benchmarks/results/[\w.-]+\.json", README)
-    for path in named:
-        assert json.loads((ROOT / path).read_text())["command"]
+RESULTS = ROOT / "tests" / "benchmarks" / "results"
+# What README quotes from others (source in its table) and from config.py, beside what was measured.
+QUOTED = {"9.4×", "96.8 %", "1.88 ", "0.25,", "0.1,", "90 %"}
+
+
+def latency_figures():
+    """README's statements about latency, made from the committed result."""
+    result = json.loads((RESULTS / "inference.json").read_text())
+    rows = {
+        (head, row["model"], row["backend"]): row
+        for head in ("BertForMaskedLM", "BertForSequenceClassification")
+        for row in result[head]["rows"]
+    }
+    masked = {key[1:]: row for key, row in rows.items() if key[0] == "BertForMaskedLM"}
+    teacher, student = masked["teacher", "eager"], masked["student", "onnx_int8"]
+    other, classifier = masked["teacher", "onnx_int8"], rows["BertForSequenceClassification", "student", "onnx_int8"]
+    shipped = Parity().int8
+    passing = [holds_under(row["parity"], shipped) for row in (student, other, classifier)]
+    assert passing == [True, False, False], "what passes the shipped gate is not what README says"
+    low, high = student["speedup_range"]
+    rounds = student["windows"] + student["contended_windows"]
+    return [
+        f"{teacher['median_ms']:.0f} ms against {student['median_ms']:.1f} ms, {student['speedup']:.1f}× "
+        f"({low:.1f} to {high:.1f} over {student['windows']} rounds)",
+        f"relative_rms {student['parity']['relative_rms']:.3f}, top-1 {student['parity']['top1'] * 100:.1f} %",
+        f"The teacher's does not (top-1 {other['parity']['top1'] * 100:.1f} %)",
+        f"classification head (relative_rms {classifier['parity']['relative_rms']:.3f})",
+        f"{student['contended_windows']} of the {rounds} rounds were contended",
+        f"1 × {result['input']['sequence_length']} tokens, {result['machine']['threads']} threads",
+    ]
+
+
+def character_figures():
+    result = json.loads((RESULTS / "shakespeare-char.json").read_text())
+    loss, reference = result["validation_loss"], result["reference"]["validation_loss"]
+    steps = f"{result['validation'][-1]['step']:,} steps"
+    parameters = f"{result['parameters'] / 1e6:.1f}M parameters"
+    return [f"{steps}: validation loss | {loss:.3f} | {reference} (nanoGPT's README)", parameters]
+
+
+def unsupported(section):
+    """Figures in README's text of measurements that no committed result gives."""
+    text = " ".join(section.split())
+    for said in (*latency_figures(), *character_figures()):
+        assert said in text, said
+        text = text.replace(said, "")
+    figures = re.findall(r"\d+(?:\.\d+)?(?: ms|×| %)|\b\d+\.\d+\S?", re.sub(r"\(https?:[^)]*\)", "", text))
+    return [figure for figure in figures if figure not in QUOTED]
+
+
+def measured_section():
+    return README.split("## Measured")[1].split("## Map")[0]
+
+
+def test_measured_figures_are_those_of_the_committed_results():
+    assert unsupported(measured_section()) == []
+    named = re.findall(r"\(tests/benchmarks/results/([\w.-]+\.json)\)", measured_section())
+    assert named and all(json.loads((RESULTS / name).read_text())["command"] for name in named)
+    shipped = Parity().int8
+    assert f"(up to {shipped.relative_rms}, top-1 at least {shipped.min_top1:.0%})".replace("%", " %") in " ".join(
+        measured_section().split()
+    )
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong"), [("7.1×", "7.9×"), ("1.878", "1.868"), ("0.045", "0.035"), ("39 of", "3 of")]
+)
+def test_a_changed_figure_is_noticed(right, wrong):
+    assert right in measured_section()
+    with pytest.raises(AssertionError):
+        unsupported(measured_section().replace(right, wrong))
+
+
+def test_an_added_figure_is_noticed():
+    assert unsupported(measured_section() + "\nand a student in fp32 takes 12.3 ms, 20×") == ["12.3 ms", "20×"]
