@@ -42,6 +42,12 @@ class Engine:
         self._zero_name = chosen_zero(training.engine, os.environ)
         self.strategy_name = self._chosen_strategy()
         self._require_one_precision()
+        if self.strategy_name == "fsdp2" and training.optim.backend == "deepspeed":
+            raise UserError(
+                "optim.backend: deepspeed with engine.strategy: fsdp2",
+                "an optimizer that takes DTensors",
+                "set optim.backend: torch, or engine.zero for DeepSpeed's",
+            )
         precision.require(training.precision, "cpu" if self.on_cpu else "cuda", self.strategy_name)
         precision.set_matmul_precision(training.precision)
         # What disagrees is refused before any process group is formed; the model's size comes in later.

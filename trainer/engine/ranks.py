@@ -1,7 +1,7 @@
 """The ranks of a run: who this process is, numbers and votes of the host between them, and who is missing if one hangs.
 What tensors a strategy sends between devices is its own affair."""
 
-import json
+import time
 from datetime import timedelta
 from typing import Any
 
@@ -10,6 +10,10 @@ import torch.distributed as dist
 
 from trainer.errors import RankLost
 
+# How far apart the ranks that live notice that one is missing: they wait in the same collective, but did not all
+# begin to at the same moment. Assumed.
+_NOTICE_S = 5.0
+
 
 class Ranks:
     """This process among all of a run. Host numbers go over a gloo group of their own: they never make a GPU wait."""
@@ -17,7 +21,7 @@ class Ranks:
     def __init__(self, rank: int, world: int, timeout_s: float) -> None:
         self.rank, self.world = rank, world
         self._timeout_s = timeout_s
-        self._calls, self._doing = 0, "at the start"
+        self._doing = "at the start"
         self._group: Any = None
         if world > 1:
             self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
@@ -69,27 +73,35 @@ class Ranks:
         signs = ("timed out", "timeout", "connection closed", "connection reset", "connection refused", "broken pipe")
         if self._group is None or not any(sign in text.lower() for sign in signs):
             return error
-        calls = {rank: self._last_call(rank) for rank in range(self.world) if rank != self.rank}
-        behind = [f"rank {rank} (last seen {doing})" for rank, (count, doing) in calls.items() if count < self._calls]
+        missing = [f"rank {rank} (last seen {self._last_seen(rank)})" for rank in self._silent()]
         return RankLost(
-            f"rank {self.rank}, {self._doing}, waited for {', '.join(behind) or 'a rank that ended'}: "
+            f"rank {self.rank}, {self._doing}, waited for {', '.join(missing) or 'a rank that ended'}: "
             f"{text.splitlines()[0]}",
             f"all {self.world} ranks within {self._timeout_s:g} s (engine.collective_timeout_s)",
             "look at the log of that rank and its node, and run the same command again: it resumes",
         )
 
+    def _silent(self) -> list[int]:
+        """Ranks that do not notice within a few seconds that one is missing, as those that live do: it is they."""
+        silent = [rank for rank in range(self.world) if rank != self.rank]
+        deadline = time.monotonic() + _NOTICE_S
+        try:
+            self._store.set(f"lmworks/noticed/{self.rank}", "yes")
+            while silent and time.monotonic() < deadline:
+                silent = [rank for rank in silent if not self._store.check([f"lmworks/noticed/{rank}"])]
+                time.sleep(0.1)
+        except RuntimeError:  # the store ended with the rank that held it
+            return silent
+        return silent
+
     def _arrive(self, doing: str) -> None:
         """Tell the store, which outlives a hanging rank, where this one is."""
-        self._calls += 1
         self._doing = doing
-        self._store.set(f"lmworks/at/{self.rank}", json.dumps([self._calls, doing]))
+        self._store.set(f"lmworks/at/{self.rank}", doing)
 
-    def _last_call(self, rank: int) -> tuple[int, str]:
+    def _last_seen(self, rank: int) -> str:
         key = f"lmworks/at/{rank}"
         try:
-            if not self._store.check([key]):
-                return 0, "at the start"
-            count, doing = json.loads(self._store.get(key))
+            return self._store.get(key).decode() if self._store.check([key]) else "at the start"
         except RuntimeError:
-            return 0, "nowhere: the store does not answer"
-        return count, doing
+            return "nowhere: the store does not answer"
