@@ -202,7 +202,11 @@ def position_offset(architecture: str, pad_token_id: int | None) -> int:
 
 
 def _dense_mask(segments: Tensor, window: int | None) -> Tensor:
-    """[B, 1, T, T]: True where a token sees another, of its own document and within `window` tokens."""
+    """[B, 1, T, T]: True where a token sees another, of its own document and within `window` tokens.
+
+    On a GPU a mask rules out SDPA's flash kernel (check_for_attn_mask in torch's sdp_utils.cpp): cuDNN's or the
+    memory-efficient one runs, over all T * T.
+    """
     same_B1TT = segments[:, None, :, None] == segments[:, None, None, :]
     if window is None:
         return same_B1TT

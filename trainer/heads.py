@@ -157,7 +157,7 @@ def sums_over_targets(head: Head, hidden_ND: Tensor, score: Score, plan: LossPla
     parameter has to be in the graph.
     """
     training = torch.is_grad_enabled()
-    if plan.liger and training:
+    if plan.liger and training and len(hidden_ND):
         assert isinstance(score, CrossEntropy), "liger knows no other loss"
         return _liger_sums(head, hidden_ND, score)
     ends = [len(hidden_ND) * part // plan.parts for part in range(plan.parts + 1)]
