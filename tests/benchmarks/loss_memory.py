@@ -124,7 +124,7 @@ def main() -> None:
     from trainer.environment import gpus, processor
 
     result = {
-        "command": " ".join(["python tests/benchmarks/loss_memory.py", *sys.argv[1:]]),
+        "command": f"python tests/benchmarks/loss_memory.py --targets {arguments.targets} --hidden {arguments.hidden}",
         "device": gpus()[:1] or processor(),
         "versions": versions(),
         "targets": arguments.targets,
