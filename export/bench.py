@@ -39,7 +39,6 @@ from trainer.recipe_file import require_section
 _COLUMNS = (  # heading, key of a row, format
     ("p50 ms", "p50_ms", ".2f"),
     ("p99 ms", "p99_ms", ".2f"),
-    ("calls", "calls", ",d"),
     ("tokens/s", "real_tokens_per_s", ",.0f"),
     ("peak MiB", "peak_memory_mib", ",.0f"),
     ("file MiB", "file_mib", ".1f"),

@@ -158,10 +158,19 @@ def character_figures():
     return [f"{steps}: validation loss | {loss:.3f} | {reference} (nanoGPT's README)", parameters]
 
 
+def throughput_figures():
+    result = json.loads((RESULTS / "train_throughput.json").read_text())["results"]
+    said = []
+    for objective, digits in (("masked_lm", 1), ("causal_lm", 2)):
+        ours, trainer = (result[objective]["tokens_per_s"][side] for side in ("ours", "trainer"))
+        said.append(f"{ours:.0f} against {trainer:.0f} tokens/s, {result[objective]['ratio']:.{digits}f}×")
+    return said
+
+
 def unsupported(section):
     """Figures in README's text of measurements that no committed result gives."""
     text = " ".join(section.split())
-    for said in (*latency_figures(), *character_figures()):
+    for said in (*latency_figures(), *character_figures(), *throughput_figures()):
         assert said in text, said
         text = text.replace(said, "")
     figures = re.findall(r"\d+(?:\.\d+)?(?: ms|×| %)|\b\d+\.\d+\S?", re.sub(r"\(https?:[^)]*\)", "", text))

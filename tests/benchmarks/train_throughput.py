@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import platform
+import shlex
 import statistics
 import subprocess
 import sys
@@ -216,7 +217,7 @@ def main() -> None:
     from trainer.artifact import versions
 
     result = {
-        "command": "python tests/benchmarks/train_throughput.py",
+        "command": shlex.join(["python", "tests/benchmarks/train_throughput.py", *sys.argv[1:]]),
         "peer": f"transformers.Trainer {transformers.__version__}, its defaults",
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
         "versions": versions(),

@@ -3,12 +3,13 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer, PreTrainedModel, modeling_utils
 
 import trainer.heads
 from trainer.__main__ import main
 from trainer.artifact import read_artifact
 from trainer.config import Recipe
+from trainer.data.packing import PackedRows
 from trainer.engine.engine import Engine
 from trainer.errors import UserError
 from trainer.recipe_file import load_recipe
@@ -29,6 +30,25 @@ def rows(recipe_path, event):
 
 def losses(recipe_path):
     return [row["loss"] for row in rows(recipe_path, "train")]
+
+
+def test_transformers_sees_no_padding_without_a_mask_in_a_causal_run(written_recipe, monkeypatch):
+    """It would advise a mask, with which it finds no borders of documents; and what fills a row up moves no loss."""
+    said = []
+    warn = PreTrainedModel.warn_if_padding_and_no_attention_mask
+    monkeypatch.setattr(
+        PreTrainedModel, "warn_if_padding_and_no_attention_mask", lambda *inputs: said.append(1) or warn(*inputs)
+    )
+    monkeypatch.setattr(modeling_utils.logger, "warning_once", lambda text: said.append(text))
+    recipe_path = written_recipe("gpt2", max_steps=4, eval_every_steps=4)
+    assert main(["pretrain", str(recipe_path)]) == 0
+    assert set(said) == {1}  # it looked, and saw none
+
+    monkeypatch.setattr(PackedRows, "_fill", lambda self: self.framing.pad)
+    padded = written_recipe("gpt2", "padded", max_steps=4, eval_every_steps=4)
+    assert main(["pretrain", str(padded)]) == 0
+    assert any("attention_mask" in str(text) for text in said)
+    assert losses(padded) == losses(recipe_path) and rows(padded, "eval") == rows(recipe_path, "eval")
 
 
 @pytest.mark.parametrize("architecture", ["bert", "gpt2"])

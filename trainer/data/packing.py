@@ -75,7 +75,7 @@ class PackedRows:
         """Row `index`; the same in every epoch."""
         framing = self.framing
         blank = np.zeros(framing.row_length, dtype=np.int64)
-        row = Row(blank + framing.pad, blank.copy(), blank.copy(), blank + NO_TARGET)
+        row = Row(blank + self._fill(), blank.copy(), blank.copy(), blank + NO_TARGET)
         at = 0
         pieces = self._piece_order[self._row_offsets[index] : self._row_offsets[index + 1]]
         for segment, piece in enumerate(pieces, start=1):
@@ -89,6 +89,14 @@ class PackedRows:
             at = stop
         row.positions[at:] = np.arange(framing.row_length - at)
         return row
+
+    def _fill(self) -> int:
+        """What stands behind the last document of a row, where nobody sees it.
+
+        Causal models get no mask, as transformers finds the borders of documents only without one (masking_utils.py);
+        it then warns of padding tokens, so that theirs is another.
+        """
+        return self._shards.manifest["end_of_document"] if self.framing.causal and self._has_eod else self.framing.pad
 
     def _piece(self, piece: int) -> tuple[Ints, Ints | None]:
         framing = self.framing

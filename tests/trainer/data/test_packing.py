@@ -74,6 +74,14 @@ def test_causal_rows_predict_every_token_once_and_only_inside_its_document(token
     assert sorted(predicted) == sorted(sum(texts, []))
 
 
+def test_causal_rows_are_filled_up_with_ends_of_documents_and_masked_ones_with_padding(tokens_in_memory):
+    shards = tokens_in_memory([[10, 11, 9], [12, 9]], end_of_document=9)
+    for framing, fill in ((CAUSAL, 9), (MASKED, 0)):
+        row = PackedRows(shards, framing, seed=0).row(0, 0)
+        behind = row.segments == 0
+        assert behind.any() and (row.input_ids[behind] == fill).all() and (row.targets[behind] == NO_TARGET).all()
+
+
 def test_causal_rows_without_a_begin_token_leave_each_first_token_unpredicted(tokens_in_memory):
     texts = documents([5, 20])
     framing = Framing(16, True, None, None, 0)

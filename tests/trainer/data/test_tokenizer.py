@@ -50,8 +50,11 @@ def corpus(count: int = 60) -> list[str]:
 
 
 def trained(kind: str, **keys):
-    size = {} if kind == "character" else {"vocab_size": 330}  # a character tokenizer takes what the text has
-    return train_tokenizer(TokenizerConfig(type=kind, **size | keys), lambda: iter(corpus()))
+    return train_tokenizer(TokenizerConfig(type=kind, **{**sized(kind, 330), **keys}), lambda: iter(corpus()))
+
+
+def sized(kind: str, entries: int) -> dict[str, int]:
+    return {} if kind == "character" else {"vocab_size": entries}
 
 
 def ids(tokenizer, text: str) -> list[int]:
@@ -118,8 +121,7 @@ def test_special_tokens_written_in_a_text_are_text(kind):
 @pytest.mark.parametrize("kind", KINDS[1:])
 def test_lossless_kinds_give_the_text_back(kind):
     tokenizer = train_tokenizer(
-        TokenizerConfig(type=kind, **({} if kind == "character" else {"vocab_size": 400})),
-        lambda: iter([*corpus(), HARD_TEXT * 30, "<s>[MASK]/" * 30]),
+        TokenizerConfig(type=kind, **sized(kind, 400)), lambda: iter([*corpus(), HARD_TEXT * 30, "<s>[MASK]/" * 30])
     )
     assert tokenizer.decode(ids(tokenizer, HARD_TEXT)) == HARD_TEXT
 
