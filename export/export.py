@@ -16,9 +16,10 @@ from export.runners import ONNX_FILES, open_onnx, open_torch, usable_threads
 from export.to_onnx import export_graph, load_model
 from trainer.__main__ import stage_main
 from trainer.artifact import content_hash, hash_file, staging, write_artifact
-from trainer.config import Export, Recipe
+from trainer.config import Recipe
 from trainer.environment import launch_command
 from trainer.errors import UserError
+from trainer.export_config import Export
 from trainer.recipe_file import recipe_hash, require_section
 
 # What a server needs beside the graph: everything of a transformers folder that is not weights or our own records.

@@ -13,8 +13,8 @@ import numpy as np
 from export.cases import Case
 from export.io_spec import SEQUENCE, IoSpec, Port
 from export.runners import Arrays, OnnxRunner
-from trainer.config import Tolerance
 from trainer.errors import GateFailed
+from trainer.export_config import Tolerance
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ import numpy as np
 import psutil
 
 from export.io_spec import Port, read_spec
-from trainer.config import Backend
 from trainer.errors import UserError
+from trainer.export_config import Backend
 
 ONNX_FILES = {"onnx_fp32": "model.onnx", "onnx_int8": "model_quantized.onnx"}
 Arrays = dict[str, np.ndarray]

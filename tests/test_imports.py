@@ -27,18 +27,41 @@ WALLS = {
     "torch.distributed": ("trainer/engine/", "trainer/environment.py"),
 }
 # These stand on nothing heavy, so that --dry-run answers at once on a login node.
-LIGHT = ("trainer/__init__.py", "trainer/__main__.py", "trainer/config.py", "trainer/errors.py", "trainer/artifact.py",
-         "trainer/environment.py", "trainer/recipe_file.py", "trainer/schema.py", "trainer/doctor.py",
-         "trainer/chain.py", "trainer/data/__init__.py", "trainer/data/files.py", "trainer/data/bytestream.py",
-         "trainer/engine/__init__.py", "trainer/engine/launch.py", "trainer/engine/zero.py",
-         "trainer/engine/zero_facts.py", "trainer/plan.py", "trainer/planning/__init__.py",
-         "trainer/planning/activations.py", "trainer/planning/case.py", "trainer/planning/cost.py",
-         "trainer/planning/hardware.py", "trainer/planning/memory.py", "trainer/planning/shapes.py",
-         "trainer/planning/workload.py")  # fmt: skip
+LIGHT = (
+    "trainer/__init__.py",
+    "trainer/__main__.py",
+    "trainer/config.py",
+    "trainer/sections.py",
+    "trainer/export_config.py",
+    "trainer/errors.py",
+    "trainer/artifact.py",
+    "trainer/environment.py",
+    "trainer/recipe_file.py",
+    "trainer/schema.py",
+    "trainer/doctor.py",
+    "trainer/chain.py",
+    "trainer/data/__init__.py",
+    "trainer/data/files.py",
+    "trainer/data/bytestream.py",
+    "trainer/engine/__init__.py",
+    "trainer/engine/launch.py",
+    "trainer/engine/zero.py",
+    "trainer/engine/zero_facts.py",
+    "trainer/plan.py",
+    "trainer/planning/__init__.py",
+    "trainer/planning/activations.py",
+    "trainer/planning/case.py",
+    "trainer/planning/cost.py",
+    "trainer/planning/hardware.py",
+    "trainer/planning/memory.py",
+    "trainer/planning/shapes.py",
+    "trainer/planning/workload.py",
+)
 HEAVY = ("torch", "transformers", "accelerate", "deepspeed", "tokenizers", "onnx", "onnxruntime", "tensorflow")
 # Lower numbers may not import higher ones; what is not listed is a stage or a piece of one, on top of all.
 FLOORS = (
-    ("trainer/errors.py",),
+    ("trainer/errors.py", "trainer/sections.py"),
+    ("trainer/export_config.py",),
     ("trainer/config.py", "trainer/engine/launch.py", "trainer/engine/zero_facts.py"),
     ("trainer/recipe_file.py", "trainer/artifact.py"),
     ("trainer/environment.py", "trainer/data/"),
@@ -58,7 +81,8 @@ FLOORS = (
     ("trainer/engine/loop.py",),
     ("trainer/session.py",),
 )
-EXPORT_MAY_IMPORT = ("trainer.errors", "trainer.config", "trainer.artifact", "trainer.recipe_file", "trainer.models",
+EXPORT_MAY_IMPORT = ("trainer.errors", "trainer.config", "trainer.export_config", "trainer.artifact",
+                     "trainer.recipe_file", "trainer.models",
                      "trainer.data", "trainer.environment", "trainer.__main__")  # fmt: skip
 
 

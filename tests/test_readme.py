@@ -10,7 +10,8 @@ import pytest
 
 from export.parity import holds_under
 from trainer.__main__ import VERBS, main
-from trainer.config import Parity, Recipe
+from trainer.config import Recipe
+from trainer.export_config import Parity
 from trainer.recipe_file import dump_recipe, load_recipe
 
 ROOT = Path(__file__).parents[1]

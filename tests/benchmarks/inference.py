@@ -31,7 +31,8 @@ from export.parity import holds_under
 from export.runners import open_runner
 from export.windows import MIN_CPU_SHARE, Settings, SystemClock, Window, take_window
 from trainer.artifact import read_artifact, versions, write_json
-from trainer.config import Backend, Export, Int8Tolerance, Parity, Recipe
+from trainer.config import Recipe
+from trainer.export_config import Backend, Export, Int8Tolerance, Parity
 
 BATCH, LENGTH, THREADS = 1, 128, 2
 STUDENT_LAYERS = (0, 2, 4, 7, 9, 11)  # DistilBERT's choice (Sanh et al. 2019)

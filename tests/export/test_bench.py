@@ -17,8 +17,9 @@ from export.runners import open_torch
 from export.windows import Measurement, Window
 from tests.export.conftest import build_tokenizer
 from trainer.artifact import content_hash, hash_file, read_artifact, write_json
-from trainer.config import Export, Recipe
+from trainer.config import Recipe
 from trainer.errors import GateFailed, UserError
+from trainer.export_config import Export
 
 EXPORT = Export.model_validate({"parity": {"shapes": [[2, 9]], "int8": {"relative_rms": 0.15, "min_top1": 0.0}}})
 

@@ -19,9 +19,10 @@ from export.runners import open_runner
 from tests.export.conftest import CONFIGS, MAX_LENGTH
 from trainer import prepare
 from trainer.artifact import content_hash, hash_file, read_artifact
-from trainer.config import Export, Recipe, Tolerance
+from trainer.config import Recipe
 from trainer.data.shards import TokenShards
 from trainer.errors import GateFailed, UserError
+from trainer.export_config import Export, Tolerance
 
 # Random weights make near-ties of all logits, so that int8 is judged here by its error alone.
 SETTINGS = Export.model_validate({"parity": {"int8": {"relative_rms": 0.15, "min_top1": 0.0}}})
@@ -79,7 +80,8 @@ import os, sys
 from pathlib import Path
 import numpy as np
 from export import export as stage
-from trainer.config import Export, Recipe
+from trainer.config import Recipe
+from trainer.export_config import Export
 stage.quantize = lambda raw, quantized: (quantized.write_bytes(b"half"), os._exit(9))
 documents = [np.arange(5, 200)]
 stage.export_model(Recipe(run_dir=Path(sys.argv[2])), Export(), "m", Path(sys.argv[1]), documents)

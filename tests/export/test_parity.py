@@ -14,8 +14,8 @@ from export.parity import check_parity
 from export.quantize import quantize
 from export.runners import open_onnx
 from export.to_onnx import Traceable, export_graph, load_model
-from trainer.config import Parity
 from trainer.errors import GateFailed
+from trainer.export_config import Parity
 
 FP32, INT8 = Parity().fp32, Parity().int8
 

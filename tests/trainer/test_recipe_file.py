@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from trainer.config import Parity, Recipe
+from trainer.config import Recipe
 from trainer.errors import UserError
+from trainer.export_config import Parity
 from trainer.recipe_file import dump_recipe, json_schema, load_recipe, recipe_hash
 
 GOOD = """\

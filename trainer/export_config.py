@@ -1,0 +1,92 @@
+"""The schema of a recipe's later half: what is exported, how far it may differ, and how it is measured.
+The stages that make a model are in `config`; nothing here does I/O or imports torch."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, PositiveInt, model_validator
+
+from trainer.sections import Fraction, Positive, Section, Share
+
+MaxAbs = Annotated[
+    Positive | None, Field(description="Largest absolute difference of an output on real tokens; null: no limit.")
+]
+RelativeRms = Annotated[
+    Positive | None,
+    Field(description="Root mean square of the difference, relative to that of the source's output; null: no limit."),
+]
+MinTop1 = Annotated[Fraction, Field(description="Share of real tokens whose highest logit is the same.")]
+
+
+class Tolerance(Section):
+    """What an exported model may differ from its source, on tokens that are not padding."""
+
+    max_abs: MaxAbs = None
+    relative_rms: RelativeRms = None
+    min_top1: MinTop1 = 0.0
+
+    @model_validator(mode="after")
+    def _holds_something_out(self) -> "Tolerance":
+        if self.max_abs is None and self.relative_rms is None and self.min_top1 == 0.0:
+            raise ValueError("a gate without any limit passes everything; keep max_abs, relative_rms or min_top1")
+        return self
+
+
+class Fp32Tolerance(Tolerance):
+    max_abs: MaxAbs = 1e-3
+    relative_rms: RelativeRms = 1e-5
+    min_top1: MinTop1 = 0.999
+
+
+class Int8Tolerance(Tolerance):
+    relative_rms: RelativeRms = 0.1
+    min_top1: MinTop1 = 0.90
+
+
+class Parity(Section):
+    """Shapes and thresholds of the gate. Lengths 1 and the model's maximum are always tried."""
+
+    fp32: Fp32Tolerance = Fp32Tolerance()
+    int8: Int8Tolerance = Int8Tolerance()
+    shapes: tuple[tuple[PositiveInt, PositiveInt], ...] = ((1, 7), (3, 33), (4, 64), (8, 16))
+    """(batch, sequence) pairs beside the edge cases."""
+    max_length: PositiveInt = 1024
+    """The edge case of a model that takes longer inputs; costs memory of its square."""
+
+
+Precision = Literal["fp32", "int8"]
+# A folder of this name is replaced as a whole, so it must be one below `export` and no hidden or half-written one.
+ModelName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*(\.[0-9][A-Za-z0-9_-]*)*$")]
+
+
+class Export(Section):
+    """Model folders to verified ONNX."""
+
+    models: dict[ModelName, Path | None] = {}
+    """Name to model folder; each is exported to `<run_dir>/export/<name>`. By default `teacher` (pretrain's) and
+    `student` (distill's), as far as they exist."""
+    variants: Annotated[tuple[Precision, ...], Field(min_length=1)] = ("fp32", "int8")
+    opset: Annotated[int, Field(ge=18, le=23)] = 20
+    parity: Parity = Parity()
+
+
+Backend = Literal["eager", "compile", "onnx_fp32", "onnx_int8"]
+
+
+class Bench(Section):
+    """Speed, memory, size and quality of each model in each backend."""
+
+    backends: Annotated[tuple[Backend, ...], Field(min_length=1)] = ("eager", "compile", "onnx_fp32", "onnx_int8")
+    batch_sizes: tuple[PositiveInt, ...] = (1, 8)
+    sequence_lengths: tuple[PositiveInt, ...] = (32, 128)
+    threads: PositiveInt | None = None
+    """CPU threads for every backend; by default the number of physical cores."""
+    window_s: Positive = 0.3
+    """Length of one measuring window, and of the warm-up before the first; at least three calls."""
+    max_windows: Annotated[int, Field(ge=3)] = 10
+    """A row whose last three windows never agree within `stability` after so many is marked unstable, and so is one
+    for which others had the CPU in so many."""
+    stability: Share = 0.1
+    """Largest minus smallest median of the three, relative to the middle one."""
+    quality_sequences: PositiveInt = 256
+    """Validation rows (pieces of one document) on which quality is measured, at the longest `sequence_lengths`."""
