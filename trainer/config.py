@@ -228,9 +228,15 @@ FREE_KEYS = frozenset(
 
 def deciding_settings(stage: Training) -> dict[str, Any]:
     """The settings of a stage that its model depends on, as a tree of plain values."""
-    settings = {key: value for key, value in stage.model_dump(mode="json").items() if key not in FREE_KEYS}
+    settings = _without_free_keys(stage.model_dump(mode="json"))
     settings["optim"] = {key: value for key, value in settings["optim"].items() if key != "backend"}
+    if "phases" in settings:
+        settings["phases"] = [_without_free_keys(phase) for phase in settings["phases"]]
     return settings
+
+
+def _without_free_keys(settings: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in settings.items() if key not in FREE_KEYS}
 
 
 def nearest_multiples(value: int, of: int) -> str:

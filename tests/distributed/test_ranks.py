@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -147,7 +148,8 @@ def test_two_ranks_train_as_one_and_preempt_together(without_dropout):
         text=True,
         cwd=ROOT,
     )
-    kill_one_rank_after(process, load_recipe(str(stopped)).run_dir / "pretrain" / "metrics.jsonl", '"step": 5,')
+    metrics = load_recipe(str(stopped)).run_dir / "pretrain" / "metrics.jsonl"
+    signal_one_rank_after(process, metrics, '"step": 5,', signal.SIGTERM)
     _, said = process.communicate(timeout=120)
     assert process.returncode != 0
     assert "saved; run the same command" in said
@@ -158,8 +160,31 @@ def test_two_ranks_train_as_one_and_preempt_together(without_dropout):
     assert [row["step"] for row in rows(stopped, "resume")] == [step]
 
 
-def kill_one_rank_after(process, path, text):
-    """SIGTERM to rank 1 alone, once `text` is in the file: rank 0 has to hear of it from rank 1."""
+def test_a_launcher_that_restarts_its_ranks_goes_on(without_dropout):
+    """SIGKILL to one rank under --max-restarts: all ranks begin again in the launcher's own store, and resume."""
+    settings = {"max_steps": 120, "save_every_steps": 5, "eval_every_steps": 120}
+    alone, restarted = (without_dropout(name, **settings) for name in ("alone", "restarted"))
+    assert main(["pretrain", str(alone)]) == 0
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--max-restarts=3",
+         f"--master-port={port}", "-m", "trainer.pretrain", restarted],
+        env=environment(), stderr=subprocess.PIPE, text=True, cwd=ROOT,
+    )  # fmt: skip
+    metrics = load_recipe(str(restarted)).run_dir / "pretrain" / "metrics.jsonl"
+    signal_one_rank_after(process, metrics, '"step": 20,', signal.SIGKILL)
+    _, said = process.communicate(timeout=200)
+    assert process.returncode == 0, said[-3000:]
+    (resumed,) = rows(restarted, "resume")
+    assert resumed["step"] >= 15
+    for name, tensor in weights(alone).items():
+        torch.testing.assert_close(weights(restarted)[name], tensor, rtol=1e-3, atol=1e-4)
+
+
+def signal_one_rank_after(process, path, text, number):
+    """A signal to rank 1 alone, once `text` is in the file: rank 0 has to hear of it from rank 1."""
     import psutil
 
     began = time.monotonic()
@@ -170,4 +195,4 @@ def kill_one_rank_after(process, path, text):
         child for child in psutil.Process(process.pid).children(recursive=True) if "trainer.pretrain" in child.cmdline()
     ]
     (rank_1,) = [child for child in ranks if child.environ().get("RANK") == "1"]
-    rank_1.send_signal(signal.SIGTERM)
+    rank_1.send_signal(number)

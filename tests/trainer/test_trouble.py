@@ -14,6 +14,7 @@ import trainer.engine.checkpoint as checkpoint
 import trainer.engine.consolidate as consolidate
 import trainer.engine.loop as loop
 from trainer.__main__ import main
+from trainer.config import deciding_settings
 from trainer.engine import precision
 from trainer.engine.engine import Engine
 from trainer.engine.fragments import FragmentFiles
@@ -227,6 +228,14 @@ def test_phases_follow_exactly_and_resume_exactly(written_recipe):
     assert train[5]["learning_rate"] == 0.005 * (1 - 5 / 6) and train[6]["learning_rate"] == 1e-3 / 2
     assert 8 * 20 < train[5]["tokens"] - train[4]["tokens"] <= 8 * 32
     assert 4 * 40 < train[9]["tokens"] - train[8]["tokens"] <= 4 * 64
+
+
+def test_the_micro_batch_of_a_phase_may_change_at_a_resume_and_its_learning_rate_may_not(written_recipe):
+    def deciding(name, **changed):
+        return deciding_settings(load_recipe(str(written_recipe(name=name, phases=[TWO_PHASES[0] | changed]))).pretrain)
+
+    assert deciding("same") == deciding("smaller", micro_batch_size=2)
+    assert deciding("one") != deciding("other", learning_rate=2e-3)
 
 
 def test_a_phase_is_checked_like_a_section(written_recipe, capfd):

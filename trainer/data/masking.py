@@ -1,6 +1,7 @@
 """Chooses the targets of a masked language model and what stands in their place.
 Every draw comes from (seed, epoch, row), so it is the same on any rank, in any order, and after a resume."""
 
+import functools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -27,6 +28,10 @@ class Masking:
     special_V: NDArray[np.bool_]  # tokens that are never targets
     starts_word_V: NDArray[np.bool_] | None  # None: every token by itself
 
+    @functools.cached_property
+    def _ordinary(self) -> NDArray[np.int64]:
+        return np.flatnonzero(~self.special_V)
+
     def apply(self, row: Row, index: int, epoch: int) -> Row:
         """`row` with targets chosen and hidden; `index` and `epoch` name the draw."""
         draw = np.random.Generator(np.random.Philox(key=[self.seed, 0x3A5C], counter=[0, 0, epoch, index]))
@@ -34,7 +39,7 @@ class Masking:
         input_ids, targets = row.input_ids.copy(), np.full_like(row.targets, NO_TARGET)
         targets[place_N] = input_ids[place_N]
         kind_N = draw.random(len(place_N))
-        random_N = draw.choice(np.flatnonzero(~self.special_V), len(place_N))
+        random_N = draw.choice(self._ordinary, len(place_N))
         hidden_N = np.where(kind_N < MASK_SHARE + RANDOM_SHARE, random_N, input_ids[place_N])
         input_ids[place_N] = np.where(kind_N < MASK_SHARE, self.mask_id, hidden_N)
         return Row(input_ids, row.segments, row.positions, targets)
@@ -48,24 +53,37 @@ class Masking:
         if not len(place_E):
             return place_E
         budget = max(1, round(self.probability * len(place_E)))
-        words = self._words(row, place_E)
-        chosen: list[NDArray[np.int64]] = []
-        for index in draw.permutation(len(words)):
-            word = words[index]
-            if len(word) > budget and not chosen:
-                word = draw.choice(word, budget, replace=False)
-            if len(word) <= budget:
-                chosen.append(word)
-                budget -= len(word)
-            if budget <= 0:
-                break
-        return np.sort(np.concatenate(chosen))
+        start_W = np.flatnonzero(self._begins_word(row, place_E))
+        order_W = draw.permutation(len(start_W))
+        length_W = (np.append(start_W[1:], len(place_E)) - start_W)[order_W]
+        start_W = start_W[order_W]
+        if length_W[0] > budget:
+            return np.sort(draw.choice(place_E[start_W[0] : start_W[0] + length_W[0]], budget, replace=False))
+        fits_W = _first_that_fit(length_W, budget)
+        start_W, length_W = start_W[fits_W], length_W[fits_W]
+        within_N = np.arange(length_W.sum()) - np.repeat(np.cumsum(length_W) - length_W, length_W)
+        return np.sort(place_E[np.repeat(start_W, length_W) + within_N])
 
-    def _words(self, row: Row, place_E: NDArray[np.int64]) -> list[NDArray[np.int64]]:
+    def _begins_word(self, row: Row, place_E: NDArray[np.int64]) -> NDArray[np.bool_]:
         if self.starts_word_V is None:
-            return np.split(place_E, len(place_E))
-        begins_E = self.starts_word_V[row.input_ids[place_E]] | (np.diff(place_E, prepend=-2) != 1)
-        return np.split(place_E, np.flatnonzero(begins_E)[1:])
+            return np.ones(len(place_E), dtype=np.bool_)
+        begins_E = self.starts_word_V[row.input_ids[place_E]]
+        begins_E[0] = True
+        begins_E[1:] |= place_E[1:] - place_E[:-1] != 1
+        return begins_E
+
+
+def _first_that_fit(length_W: NDArray[np.int64], budget: int) -> NDArray[np.int64]:
+    """Indices of the lengths, in their order, that still fit what those before them left of `budget`."""
+    ends_W = np.cumsum(length_W)
+    fits = int(np.searchsorted(ends_W, budget, side="right"))
+    chosen, left = list(range(fits)), budget - (int(ends_W[fits - 1]) if fits else 0)
+    while left and (later := np.flatnonzero(length_W[fits:] <= left)).size:
+        fits += int(later[0])
+        chosen.append(fits)
+        left -= int(length_W[fits])
+        fits += 1
+    return np.array(chosen, dtype=np.int64)
 
 
 def masking(tokenizer: "PreTrainedTokenizerBase", probability: float, whole_word: bool, seed: int) -> Masking:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator, DeepSpeedPlugin, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from accelerate.state import AcceleratorState
 from accelerate.utils import AORecipeKwargs, TERecipeKwargs
@@ -105,7 +106,8 @@ class Engine:
             group["lr"] = learning_rate
         mixed = np.random.SeedSequence([seed, 0xD809, step, self.ranks.rank]).generate_state(1, np.uint64)[0]
         torch.manual_seed(int(mixed >> np.uint64(1)))
-        self.model.train()
+        if not self.unwrapped.training:  # after an evaluation; walking through all modules is not free
+            self.model.train()
 
     def autocast(self) -> contextlib.AbstractContextManager[None]:
         """The precision in which forward passes run."""
@@ -200,6 +202,8 @@ class Engine:
         # Without the named backend Accelerate takes CPU ranks for one process (seen with 1.15).
         backend = {"backend": "gloo"} if self.on_cpu and "RANK" in os.environ else {}
         group = InitProcessGroupKwargs(timeout=timeout, **backend)
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            _form_group_of_attempt("gloo" if self.on_cpu else "nccl", timeout)
         if self.strategy_name == "deepspeed":
             os.environ.setdefault("DS_ACCELERATOR", "cpu" if self.on_cpu else "cuda")
             raw = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 0}}  # replaced before prepare
@@ -243,6 +247,28 @@ def deepspeed_version() -> str:
         raise UserError(
             "engine.zero, but DeepSpeed is not installed", "it", "pip install 'lmworks[deepspeed]'"
         ) from None
+
+
+def _form_group_of_attempt(backend: str, timeout: timedelta) -> None:
+    """Under a launcher that restarts its ranks (torchrun --max-restarts), each attempt meets under a name of its own.
+
+    All attempts share the launcher's store. Without such a name a new attempt finds the addresses of ranks that died
+    there, and fails or hangs (torch 2.13: "connection reset by peer").
+    """
+    if dist.is_initialized():
+        return
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(address, port, is_master=False, timeout=timeout)
+    attempt = f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+    if backend == "nccl":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group(
+        backend,
+        store=dist.PrefixStore(attempt, store),
+        rank=int(os.environ["RANK"]),
+        world_size=int(os.environ["WORLD_SIZE"]),
+        timeout=timeout,
+    )
 
 
 _set_here: set[str] = set()  # variables of this process's environment that an Engine has set

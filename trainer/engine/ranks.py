@@ -1,7 +1,9 @@
 """The ranks of a run: who this process is, numbers and votes of the host between them, and who is missing if one hangs.
 What tensors a strategy sends between devices is its own affair."""
 
+import contextlib
 import time
+from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
 
@@ -36,11 +38,8 @@ class Ranks:
         if self._group is None:
             return values
         total = torch.tensor(values, dtype=torch.float64)
-        self._arrive(doing)
-        try:
+        with self._together(doing):
             dist.all_reduce(total, group=self._group)
-        except RuntimeError as error:
-            raise self.lost(error) from error
         return total.tolist()
 
     def agree(self, vote: bool, doing: str = "voting") -> bool:
@@ -56,7 +55,8 @@ class Ranks:
         if self._group is None:
             return value
         box = [value]
-        dist.broadcast_object_list(box, src=0, group=self._group)
+        with self._together("waiting for word from rank 0"):
+            dist.broadcast_object_list(box, src=0, group=self._group)
         return box[0]
 
     def gather(self, value: Any) -> list[Any]:
@@ -64,8 +64,18 @@ class Ranks:
         if self._group is None:
             return [value]
         values: list[Any] = [None] * self.world
-        dist.all_gather_object(values, value, group=self._group)
+        with self._together("telling the others"):
+            dist.all_gather_object(values, value, group=self._group)
         return values
+
+    @contextlib.contextmanager
+    def _together(self, doing: str) -> Iterator[None]:
+        """Around a collective: says where this rank is, and what its failure means."""
+        self._arrive(doing)
+        try:
+            yield
+        except RuntimeError as error:
+            raise self.lost(error) from error
 
     def lost(self, error: RuntimeError) -> Exception:
         """What a failed collective means: RankLost naming who is missing, or the error itself if it is another."""
