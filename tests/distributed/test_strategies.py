@@ -1,5 +1,6 @@
 """Every strategy and ZeRO stage trains alike, on two real gloo ranks, and takes up what another one left."""
 
+import ctypes.util
 import json
 import os
 import subprocess
@@ -29,14 +30,14 @@ STRATEGIES = {
 }
 
 
-def run_forked(tmp_path, attempts):
+def run_forked(tmp_path, attempts, timeout_s=500):
     """Run attempts one after another; returns the ranks' exit codes of each, and what was said."""
     plan = tmp_path / "plan.json"
     plan.write_text(json.dumps(attempts))
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("ACCELERATE_", "MASTER_"))}
     environment = clean | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        [sys.executable, FORKED, plan], env=environment, capture_output=True, text=True, timeout=500, cwd=ROOT
+        [sys.executable, FORKED, plan], env=environment, capture_output=True, text=True, timeout=timeout_s, cwd=ROOT
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1]), done.stderr
@@ -123,6 +124,37 @@ def test_a_checkpoint_is_taken_up_by_any_strategy_and_number_of_ranks(recipe, tm
         assert done == [0] * more_ranks, said[-3000:]
     for path in paths:
         assert [row["step"] for row in rows(path, "resume")] == [10]
+        assert_alike(path, reference, 2e-4)
+
+
+def offloads(tmp_path):
+    """Configs that keep the optimizer's state elsewhere, and those of them that can run here."""
+    made = {name: [f"pretrain.engine.zero={name}"] for name in ("zero2_offload", "zero3_offload")}
+    if ctypes.util.find_library("aio") and Path("/usr/include/libaio.h").exists():  # DeepSpeed compiles against it
+        drive = f"pretrain.engine.nvme_path={tmp_path / 'drive'}"
+        made["zero_infinity"] = ["pretrain.engine.zero=zero_infinity", drive]
+    return made
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)  # at first use DeepSpeed compiles its CPU Adam and its asynchronous reads
+def test_offloaded_state_trains_alike_and_is_saved(recipe, tmp_path):
+    """Optimizer (and parameters, at stage 3) in host memory or in files: the same losses; a checkpoint of it goes on
+    under plain training, and one of plain training under it."""
+    reference = recipe("reference", micro_batch_size=8)
+    assert main(["pretrain", str(reference)]) == 0
+    attempts, paths = [], []
+    for name, overrides in offloads(tmp_path).items():
+        for before, after in ((overrides, STRATEGIES["ddp"]), (STRATEGIES["ddp"], overrides)):
+            paths.append(recipe(f"{name}-{len(paths)}", micro_batch_size=2))
+            command = {"ranks": 2, "arguments": ["pretrain", str(paths[-1]), *before]}
+            attempts += [
+                command | {"stop_before_step": 10},
+                {"ranks": 2, "arguments": [*command["arguments"][:2], *after]},
+            ]
+    codes, said = run_forked(tmp_path, attempts, timeout_s=1500)
+    assert codes == [[75, 75], [0, 0]] * (len(attempts) // 2), said[-3000:]
+    for path in paths:
         assert_alike(path, reference, 2e-4)
 
 

@@ -258,13 +258,13 @@ def _form_group_of_attempt(backend: str, timeout: timedelta) -> None:
     if dist.is_initialized():
         return
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    store = dist.TCPStore(address, port, is_master=False, timeout=timeout)
+    store = dist.TCPStore(address, port, is_master=False, timeout=timeout)  # pyright: ignore[reportPrivateImportUsage]
     attempt = f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
     if backend == "nccl":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group(
         backend,
-        store=dist.PrefixStore(attempt, store),
+        store=dist.PrefixStore(attempt, store),  # pyright: ignore[reportPrivateImportUsage]
         rank=int(os.environ["RANK"]),
         world_size=int(os.environ["WORLD_SIZE"]),
         timeout=timeout,

@@ -8,6 +8,7 @@ another. Stage 3 cuts each parameter by itself and keeps its pieces in flat floa
 import contextlib
 import math
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,6 +22,19 @@ from trainer.engine.zero import ZeroConfig
 
 # What DeepSpeed's dynamic loss scaler goes by (deepspeed/runtime/fp16/loss_scaler.py).
 _SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+
+
+@dataclass(frozen=True)
+class _Place:
+    """A part of a parameter in this rank's flat shard of its group."""
+
+    group: int
+    number: int  # of the parameter in its group, the same on all ranks
+    parameter: nn.Parameter
+    flat: Tensor
+    start: int  # in the parameter
+    at: int  # in the shard
+    numel: int
 
 
 class Zero:
@@ -86,24 +100,38 @@ class Zero:
 
     def fragments(self) -> list[Fragment]:
         rank, world = self._accelerator.process_index, self._accelerator.num_processes
+        places = {id(place.parameter): place for place in self._places()} if self._zero.stage in (1, 2) else {}
         pieces = []
         for number, (name, parameter) in enumerate(self.module.named_parameters()):
             if self._zero.stage == 3:
                 pieces += self._piece_of_parameter(name, parameter)
             elif self._zero.stage:
-                pieces += self._piece_in_group(name, parameter)
+                pieces += self._piece_in_group(name, parameter, places)
             else:
                 views = self._views(parameter, 0, parameter.numel())
                 pieces.append(of_views(name, parameter.shape, 0, parameter.numel(), views, number % world == rank))
         return pieces
 
-    def _piece_in_group(self, name: str, parameter: nn.Parameter) -> Iterator[Fragment]:
-        mapping: Any = parameter._hp_mapping  # type: ignore[attr-defined] - DeepSpeed's own mark; None: nothing here
-        if mapping is not None:
-            flat = self.optimizer.param_groups[mapping.param_group_index]["params"][0]
-            here, numel = mapping.hp_fragment_address.start, mapping.hp_fragment_address.numel
-            start = mapping.lp_fragment_address.start
-            yield of_views(name, parameter.shape, start, numel, self._views(flat, here, numel))
+    def _piece_in_group(self, name: str, parameter: nn.Parameter, places: dict[int, _Place]) -> Iterator[Fragment]:
+        if place := places.get(id(parameter)):
+            views = self._views(place.flat, place.at, place.numel)
+            yield of_views(name, parameter.shape, place.start, place.numel, views)
+
+    def _places(self) -> Iterator[_Place]:
+        """Stages 1 and 2: which part of which parameter this rank holds, and where.
+
+        DeepSpeed's own links (_hp_mapping, 0.19.8) point to other parameters where round_robin_gradients has changed
+        the order within a group, so that a checkpoint made by them would be a shuffled model.
+        """
+        wrapper, rank = self._wrapper, self._accelerator.process_index
+        for group, parameters in enumerate(wrapper.round_robin_bit16_groups):
+            flat = self.optimizer.param_groups[group]["params"][0]
+            first, size = rank * flat.numel(), flat.numel()
+            offsets = wrapper.round_robin_bit16_offsets[group]
+            for number, (parameter, offset) in enumerate(zip(parameters, offsets, strict=True)):
+                begin, end = max(offset, first), min(offset + parameter.numel(), first + size)
+                if begin < end:
+                    yield _Place(group, number, parameter, flat, begin - offset, begin - first, end - begin)
 
     def _piece_of_parameter(self, name: str, parameter: Any) -> Iterator[Fragment]:
         size = parameter.ds_tensor.ds_numel  # the same on all ranks
@@ -191,18 +219,11 @@ class Zero:
             for number, flat in enumerate(self._wrapper.fp32_partitioned_groups_flat):
                 table[id(flat)] = self._segments_of_subgroup(self._wrapper.fp16_groups[number])
         else:
-            for number, group in enumerate(self._wrapper.bit16_groups):
+            for number, group in enumerate(self._wrapper.round_robin_bit16_groups):
                 flat = self.optimizer.param_groups[number]["params"][0]
-                table[id(flat)] = self._segments_of_group(group)
+                pieces = [(p.number, p.at, p.at + p.numel) for p in self._places() if p.group == number]
+                table[id(flat)] = Segments(tuple(pieces), len(group))
         return lambda flat: table.get(id(flat))
-
-    def _segments_of_group(self, parameters: list[Any]) -> Segments:
-        pieces = []
-        for number, parameter in enumerate(parameters):
-            if (mapping := parameter._hp_mapping) is not None:
-                address = mapping.hp_fragment_address
-                pieces.append((number, address.start, address.start + address.numel))
-        return Segments(tuple(pieces), len(parameters))
 
     def _segments_of_subgroup(self, parameters: list[Any]) -> Segments:
         pieces = []
