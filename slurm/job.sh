@@ -3,6 +3,8 @@
 restarts=${SLURM_RESTART_COUNT:-0} # SLURM leaves it unset at the first start
 attempt=0                          # tries within this start
 stopping=''                        # when the signal came
+unfit=''                           # nodes that failed the preflight
+head_node=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 
 say() { printf '%s job %s: %s\n' "$(date -u +%H:%M:%S)" "$SLURM_JOB_ID" "$*"; }
 
@@ -12,13 +14,31 @@ free_port() { # on this node, which is the first one: from the job's id, so that
     echo "$port"
 }
 
+look_at_nodes() { # sets unfit to the nodes that are not to be used, with a comma between them
+    local found=$outcome.nodes nodes_here looking
+    port=$(free_port)
+    mapfile -t nodes_here < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+    mkdir -p "$found"
+    timeout $((preflight_s + 30)) srun --kill-on-bad-exit=0 --ntasks-per-node=1 "${srun_options[@]}" "${container[@]}" \
+        timeout "$preflight_s" "$python" -m slurm.preflight probe "$found" "$head_node" "$port" \
+        "${SLURM_GPUS_ON_NODE:-0}" &
+    looking=$!
+    while kill -0 "$looking" 2>/dev/null; do
+        wait "$looking"
+        if [ -n "$stopping" ]; then kill "$looking"; return; fi
+    done
+    unfit=$("$python" -m slurm.preflight judge "$found" "${nodes_here[@]}")
+    if [ "$(echo "$unfit" | tr ',' '\n' | grep -c .)" = "${#nodes_here[@]}" ]; then
+        say "no node is fit: that is not the nodes"
+        exit 71
+    fi
+}
+
 start_ranks() { # one task a node; what stands in single quotes is expanded there
     nodes=$SLURM_JOB_NUM_NODES
     ranks_here=${ranks_per_node:-${SLURM_GPUS_ON_NODE:-1}}
     ranks=$((nodes * ranks_here))
-    head_node=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
     port=$(free_port)
-    outcome=$job_folder/outcome/$SLURM_JOB_ID.$restarts.$attempt
     mkdir -p "$outcome"
     export nodes ranks head_node port outcome python stage recipe
     say "start $restarts.$attempt: $stage as $ranks ranks on $SLURM_JOB_NODELIST, rendezvous at $head_node:$port"
@@ -44,13 +64,13 @@ wait_for_ranks() { # until srun ends, or must be ended
         if [ -n "$stopping" ]; then kill -USR1 "$step" 2>/dev/null; fi
         # SLURM does not always notice that a node lost its tasks; srun would wait for them for ever.
         if compgen -G "$outcome/*" >/dev/null; then ended=$((ended + 1)); fi
-        if [ "$ended" -gt "$straggler_s" ]; then
+        if [ "$ended" = "$straggler_s" ]; then
             say "a rank ended ${straggler_s} s ago and others did not: ending the step"
             for number in $(squeue --noheader --steps --jobs="$SLURM_JOB_ID" --format=%i | grep -E '\.[0-9]+$'); do
                 scancel --signal=KILL "$number"
             done
-            kill -KILL "$step" 2>/dev/null
         fi
+        if [ "$ended" -gt $((straggler_s + 30)) ]; then kill -KILL "$step" 2>/dev/null; fi # it still waits for a lost node
     done
     wait "$step"
     code=$?
@@ -62,7 +82,13 @@ requeue() {
         exit 75
     fi
     say "requeueing"
+    trap '' TERM # of the requeueing: it must not come between the two commands
     scontrol requeue "$SLURM_JOB_ID" || { say "SLURM does not requeue this job; submit once more to go on"; exit 75; }
+    if [ -n "$unfit" ]; then # a job's nodes can be chosen only while it waits
+        excluded=$(scontrol show job --oneliner "$SLURM_JOB_ID" | sed -n 's/.* ExcNodeList=\([^ ]*\).*/\1/p')
+        if [ "$excluded" = '(null)' ]; then excluded=''; fi
+        scontrol update "jobid=$SLURM_JOB_ID" "excnodelist=${excluded:+$excluded,}$unfit" && say "excluded: $unfit"
+    fi
     sleep 600 & # SLURM ends this script now
     wait $!
     exit 75
@@ -72,6 +98,11 @@ trap 'stopping=${stopping:-$SECONDS}; date +%s >"$job_folder/$stage.stopping"; s
 
 while :; do
     attempt=$((attempt + 1))
+    outcome=$job_folder/outcome/$SLURM_JOB_ID.$restarts.$attempt
+    if [ -n "$preflight_s" ]; then
+        look_at_nodes
+        if [ -n "$unfit" ] || [ -n "$stopping" ]; then requeue; fi
+    fi
     start_ranks
     wait_for_ranks
     if [ -n "$stopping" ]; then

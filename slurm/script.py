@@ -14,6 +14,8 @@ from trainer.slurm_config import Job, Slurm
 _PLAIN = re.compile(r"[A-Za-z0-9_.,:@/+=\[\]-]+")
 # Seconds that ranks get to end after the first one did: torchrun gives them 30, SLURM's KillWait 30 by default.
 STRAGGLER_S = 90
+# For the nodes to import torch, from a cold network disk too, and to add up once; slurm/preflight.py waits up to 60.
+PREFLIGHT_S = 180
 
 
 @dataclass(frozen=True)
@@ -117,6 +119,8 @@ def _values(job: StageJob) -> Iterator[str]:
     yield f"max_restarts={job.slurm.max_restarts}"
     yield f"notice_s={job.slurm.notice_s}"
     yield f"straggler_s={STRAGGLER_S}"
+    looked_at = job.trains and job.slurm.preflight and (job.job.nodes > 1 or job.gpus_per_node > 0)
+    yield f"preflight_s={PREFLIGHT_S}" if looked_at else "preflight_s='' # nodes are not looked at"
 
 
 def _container(job: StageJob, site: Site) -> Iterator[str]:

@@ -24,7 +24,7 @@ WALLS = {
     "torch.utils.tensorboard": ("trainer/engine/metrics.py",),
     "wandb": ("trainer/engine/metrics.py",),
     "mlflow": ("trainer/engine/metrics.py",),
-    "torch.distributed": ("trainer/engine/", "trainer/environment.py"),
+    "torch.distributed": ("trainer/engine/", "trainer/environment.py", "slurm/preflight.py"),
 }
 # These stand on nothing heavy, so that --dry-run answers at once on a login node.
 LIGHT = (
@@ -63,6 +63,7 @@ LIGHT = (
     "slurm/frozen.py",
     "slurm/grid.py",
     "slurm/ledger.py",
+    "slurm/preflight.py",
     "slurm/rank.py",
     "slurm/script.py",
     "slurm/site.py",

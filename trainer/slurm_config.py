@@ -45,6 +45,8 @@ class Slurm(Section):
     """Time between the signal and the end of the job: what saving a checkpoint may take."""
     max_restarts: Annotated[int, Field(ge=0)] = 20
     """Starts after the first one, whatever ended the one before: a signal, a lost rank, a dead node."""
+    preflight: bool = True
+    """Look at the nodes before ranks are started on several or on GPUs; one that is not fit is named and excluded."""
     prepare: Job = Job()
     pretrain: Job = Job()
     distill: Job = Job()

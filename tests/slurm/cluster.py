@@ -3,8 +3,10 @@ The daemons are slurm_local.sh's; what must come of a disturbance is said by the
 
 import json
 import os
+import random
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -18,7 +20,7 @@ OVER = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMO
 QUICK = {  # a cluster that notices within seconds
     "SLURM_LOCAL_SLURMD_TIMEOUT": "5",
     "SLURM_LOCAL_MESSAGE_TIMEOUT": "3",
-    "SLURM_LOCAL_CRED_EXPIRE": "2",
+    "SLURM_LOCAL_GRACE": "30",
 }
 
 
@@ -68,18 +70,26 @@ class Cluster:
     def start_node(self, name: str) -> None:
         self._local("start-node", name)
 
-    def node_processes(self, text: str) -> list[int]:
-        """Ids of the ranks whose command line holds `text`, in the order they were started."""
+    def ranks(self, job: str, node: str = "") -> list[int]:
+        """Process ids of a job's ranks, of all nodes or of one."""
+        wanted = {f"SLURM_JOB_ID={job}", *([f"SLURMD_NODENAME={node}"] if node else [])}
         found = []
         for folder in Path("/proc").glob("[0-9]*"):
             try:
-                words = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode()
-                environment = (folder / "environ").read_bytes().decode(errors="replace")
+                words = (folder / "cmdline").read_bytes().split(b"\0")
+                variables = set((folder / "environ").read_bytes().decode(errors="replace").split("\0"))
             except OSError:
                 continue
-            if "slurm.rank" in words and "accelerate" not in words and text in environment:
+            launcher = b"srun" in words[0] or any(b"accelerate" in word for word in words)
+            if b"slurm.rank" in words and not launcher and wanted <= variables:
                 found.append(int(folder.name))
         return sorted(found)
+
+    def restart_slurmd(self, node: str) -> None:
+        """End a node's daemon while its job goes on, and start it again."""
+        pid = int((self.folder / "run" / f"slurmd.{node}.pid").read_text())
+        os.kill(pid, signal.SIGKILL)
+        self.start_node(node)
 
     def stop(self) -> None:
         self._local("stop")
@@ -127,6 +137,45 @@ class Chain:
 
     def restarts(self, stage: str = "pretrain") -> int:
         return int(self.cluster.show(self.jobs[stage])["Restarts"])
+
+
+def corpus(folder: Path) -> Path:
+    """200 text files of sentences in which each word suggests the next."""
+    folder.mkdir(parents=True)
+    draw = random.Random(0)
+    words = ["".join(draw.choices("abcdefghij", k=draw.randint(2, 6))) for _ in range(300)]
+    for number in range(200):
+        at, text = draw.randrange(300), []
+        for _ in range(draw.randint(8, 120)):
+            at = (at * 7 + draw.randrange(3)) % 300
+            text.append(words[at])
+        (folder / f"{number:03d}.txt").write_text(" ".join(text))
+    return folder
+
+
+def tiny_tree(text: Path, run_dir: Path) -> dict[str, Any]:
+    """A recipe of a model so small that starting its ranks takes longer than training it."""
+    size = {"global_batch_size": 24, "micro_batch_size": 2, "eval_sequences": 16, "log_every_steps": 1}
+    return {
+        "run_dir": str(run_dir),
+        "seed": 7,
+        "prepare": {
+            "sources": [{"type": "text", "paths": [str(text)]}],
+            "tokenizer": {"type": "byte_level_bpe", "vocab_size": 400},
+            "validation_fraction": 0.1,
+        },
+        "pretrain": size
+        | {
+            "model": {"architecture": "gpt2", "config": {"n_embd": 32, "n_layer": 2, "n_head": 2}},
+            "objective": {"name": "causal_lm"},
+            "data": {"sequence_length": 32},
+            "max_steps": 160,
+            "eval_every_steps": 80,
+            "save_every_steps": 20,
+        },
+        "distill": size | {"student": {"every": 2}, "max_steps": 60, "eval_every_steps": 60, "save_every_steps": 20},
+        "slurm": {"pretrain": {"nodes": 2}, "distill": {"nodes": 2}, "notice_s": 30, "preflight": False},
+    }
 
 
 def weights(run_dir: Path, stage: str = "pretrain") -> dict[str, Any]:
