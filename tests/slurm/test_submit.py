@@ -19,6 +19,7 @@ from trainer.errors import UserError
 from trainer.recipe_file import load_recipe
 from trainer.slurm_config import Job, Slurm
 
+ROOT = Path(__file__).parents[2]
 GOLDEN = Path(__file__).parent / "golden"
 SITES = ("plain", "venv", "pyxis", "apptainer")
 
@@ -155,6 +156,30 @@ def test_dry_run_prints_scripts_and_writes_nothing(tmp_path, capsys):
     ]  # fmt: skip
     assert "#SBATCH --partition=cpu" in said and "--gres" not in said
     assert list(tmp_path.iterdir()) == []
+
+
+def test_readme_s_five_commands_hold(tmp_path, monkeypatch, capsys):
+    commands = ROOT.joinpath("README.md").read_text().split("## On SLURM")[1].split("```")[1].strip().splitlines()
+    assert len(commands) == 5
+    copy, submit = commands[2].split(), commands[3].split()
+    shutil.copy(ROOT / copy[1], tmp_path / copy[2])
+    monkeypatch.chdir(tmp_path)
+    assert submit[0] == "lmworks" and main([*submit[1:], "--dry-run"]) == 0
+    assert "#SBATCH --nodes=2" in capsys.readouterr().out
+
+
+def test_a_save_that_took_longer_than_the_notice_is_said_at_the_next_submission(tmp_path, monkeypatch, capsys):
+    (tmp_path / "run" / "slurm").mkdir(parents=True)
+    (tmp_path / "run" / "slurm" / "pretrain.last_stop_s").write_text("121\n")
+    (tmp_path / "run" / "slurm" / "prepare.last_stop_s").write_text("119\n")
+    (tmp_path / "run" / "slurm" / "distill.stopping").write_text("1790000000\n")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert main(["submit", "quickstart", f"run_dir={tmp_path}/run"]) == 2
+    warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning")]
+    assert warnings == [
+        "warning: pretrain took 121 s to save at its last stop; slurm.notice_s is 120",
+        "warning: distill was ended while it saved at its last stop; slurm.notice_s is 120",
+    ]
 
 
 def test_without_slurm_it_says_so(tmp_path, capsys, monkeypatch):
