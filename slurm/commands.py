@@ -43,19 +43,17 @@ def submit(script: Path, after: str | None, each: bool) -> str:
     return call("sbatch", "--parsable", "--kill-on-invalid-dep=yes", *condition, str(script)).split(";")[0].strip()
 
 
-def show(job_id: str) -> dict[str, str]:
-    """What the controller knows of a job (the last of an array); nothing if it has forgotten it."""
+def show(job_id: str) -> list[dict[str, str]]:
+    """What the controller knows of a job, or of each element of an array; nothing if it has forgotten it."""
     done = run(["scontrol", "show", "job", "--oneliner", job_id])
-    line = done.stdout.strip().splitlines()[:1] if done.returncode == 0 else []
-    words = [word.partition("=") for text in line for word in text.split(" ")]
-    return {name: value for name, equals, value in words if equals}
+    lines = done.stdout.strip().splitlines() if done.returncode == 0 else []
+    return [dict(word.split("=", 1) for word in line.split() if "=" in word) for line in lines]
 
 
 def unfinished(job_ids: Sequence[str]) -> list[str]:
     """Those of the jobs that wait or run."""
-    found = {job: show(job).get("JobState", "") for job in job_ids}
     live = ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "SUSPENDED", "REQUEUED")
-    return [job for job, state in found.items() if state in live]
+    return [job for job in job_ids if any(facts["JobState"] in live for facts in show(job))]
 
 
 def cancel(job_ids: Sequence[str]) -> None:

@@ -4,9 +4,11 @@ restarts=${SLURM_RESTART_COUNT:-0} # SLURM leaves it unset at the first start
 attempt=0                          # tries within this start
 stopping=''                        # when the signal came
 unfit=''                           # nodes that failed the preflight
+me=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID} # an array's id alone would mean all of it
+me=${me:-$SLURM_JOB_ID}
 head_node=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 
-say() { printf '%s job %s: %s\n' "$(date -u +%H:%M:%S)" "$SLURM_JOB_ID" "$*"; }
+say() { printf '%s job %s: %s\n' "$(date -u +%H:%M:%S)" "$me" "$*"; }
 
 free_port() { # on this node, which is the first one: from the job's id, so that jobs on one node do not meet
     local port=$((20000 + (SLURM_JOB_ID * 16 + attempt) % 12000))
@@ -56,17 +58,20 @@ start_ranks() { # one task a node; what stands in single quotes is expanded ther
 }
 
 wait_for_ranks() { # until srun ends, or must be ended
-    local ended=0 number
+    local ended=0 asked=-3 number
     while kill -0 "$step" 2>/dev/null; do
         sleep 1 &
         wait $! # not `sleep 1` alone: a trap runs only when the foreground command is over
         # Sent again and again, as ranks that are still importing ignore it.
-        if [ -n "$stopping" ]; then kill -USR1 "$step" 2>/dev/null; fi
+        if [ -n "$stopping" ] && [ $((SECONDS - asked)) -ge 3 ]; then
+            asked=$SECONDS
+            kill -USR1 "$step" 2>/dev/null
+        fi
         # SLURM does not always notice that a node lost its tasks; srun would wait for them for ever.
         if compgen -G "$outcome/*" >/dev/null; then ended=$((ended + 1)); fi
         if [ "$ended" = "$straggler_s" ]; then
             say "a rank ended ${straggler_s} s ago and others did not: ending the step"
-            for number in $(squeue --noheader --steps --jobs="$SLURM_JOB_ID" --format=%i | grep -E '\.[0-9]+$'); do
+            for number in $(squeue --noheader --steps --jobs="$me" --format=%i | grep -E '\.[0-9]+$'); do
                 scancel --signal=KILL "$number"
             done
         fi
@@ -83,11 +88,11 @@ requeue() {
     fi
     say "requeueing"
     trap '' TERM # of the requeueing: it must not come between the two commands
-    scontrol requeue "$SLURM_JOB_ID" || { say "SLURM does not requeue this job; submit once more to go on"; exit 75; }
+    scontrol requeue "$me" || { say "SLURM does not requeue this job; submit once more to go on"; exit 75; }
     if [ -n "$unfit" ]; then # a job's nodes can be chosen only while it waits
-        excluded=$(scontrol show job --oneliner "$SLURM_JOB_ID" | sed -n 's/.* ExcNodeList=\([^ ]*\).*/\1/p')
+        excluded=$(scontrol show job --oneliner "$me" | sed -n 's/.* ExcNodeList=\([^ ]*\).*/\1/p')
         if [ "$excluded" = '(null)' ]; then excluded=''; fi
-        scontrol update "jobid=$SLURM_JOB_ID" "excnodelist=${excluded:+$excluded,}$unfit" && say "excluded: $unfit"
+        scontrol update "jobid=$me" "excnodelist=${excluded:+$excluded,}$unfit" && say "excluded: $unfit"
     fi
     sleep 600 & # SLURM ends this script now
     wait $!

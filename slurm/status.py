@@ -3,6 +3,7 @@ States come from SLURM, steps from metrics.jsonl; nothing here changes anything.
 
 import json
 import re
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -71,13 +72,14 @@ def _jobs(run_dir: Path, ledger: Ledger) -> Table:
     table = Table("stage", "job", "state", "why", "nodes", "restarts", "step", "loss", "left")
     recipe = None if ledger.elements else load_recipe(str(run_dir / "slurm" / "recipe.yaml"))
     for stage, job in ledger.jobs.items():
-        facts = commands.show(job)
+        known = commands.show(job)
+        facts = known[-1] if known else {}
         at = progress(run_dir, stage, recipe) if recipe else {}
         reason = facts.get("Reason", "")
         table.add_row(
             stage,
             job,
-            facts.get("JobState", "forgotten by SLURM"),
+            _states(known),
             "" if reason == "None" else reason,
             facts.get("NodeList", "").replace("(null)", ""),
             facts.get("Restarts", ""),
@@ -86,6 +88,14 @@ def _jobs(run_dir: Path, ledger: Ledger) -> Table:
             f"{at['left_s']} s" if at else "",
         )
     return table
+
+
+def _states(known: Sequence[dict[str, str]]) -> str:
+    """One state, or how many elements are in which."""
+    counted = Counter(facts["JobState"] for facts in known)
+    if len(known) > 1:
+        return ", ".join(f"{number} {state}" for state, number in counted.items())
+    return next(iter(counted), "forgotten by SLURM")
 
 
 def _results(run_dir: Path, names: Sequence[str]) -> Table:

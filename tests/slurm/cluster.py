@@ -108,6 +108,12 @@ class Chain:
         rows = [json.loads(line) for line in lines if line.endswith("}")]
         return [row for row in rows if not event or row["event"] == event]
 
+    @staticmethod
+    def last_loss(run_dir: Path) -> float:
+        """Of the last validation of pretraining."""
+        lines = (run_dir / "pretrain" / "metrics.jsonl").read_text().splitlines()
+        return [row["loss"] for row in map(json.loads, lines) if row["event"] == "eval"][-1]
+
     def step(self, stage: str = "pretrain") -> int:
         return max([row["step"] for row in self.rows(stage, "train")], default=0)
 
@@ -117,6 +123,11 @@ class Chain:
 
     def state(self, stage: str = "pretrain") -> str:
         return self.cluster.show(self.jobs[stage])["JobState"]
+
+    def said(self, stage: str) -> str:
+        """The row that `lmworks status` prints for a stage."""
+        table = self.cluster.lmworks("status", str(self.run_dir)).stdout.splitlines()
+        return next(line for line in table if line.startswith(f"│ {stage}"))
 
     def until(self, what: Callable[[], Any], limit_s: float = 240.0) -> Any:
         """Wait until something holds; fails with the job's log if it does not, or if the job ends before."""
@@ -176,6 +187,10 @@ def tiny_tree(text: Path, run_dir: Path) -> dict[str, Any]:
         "distill": size | {"student": {"every": 2}, "max_steps": 60, "eval_every_steps": 60, "save_every_steps": 20},
         "slurm": {"pretrain": {"nodes": 2}, "distill": {"nodes": 2}, "notice_s": 30, "preflight": False},
     }
+
+
+# Dropout is drawn by rank, so that only without it another number of ranks gives the same numbers.
+NO_DROPOUT = tuple(f"pretrain.model.config.{name}=0.0" for name in ("resid_pdrop", "embd_pdrop", "attn_pdrop"))
 
 
 def weights(run_dir: Path, stage: str = "pretrain") -> dict[str, Any]:
