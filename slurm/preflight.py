@@ -105,7 +105,7 @@ def _all_reduce_gb_s(head: str, port: int, rank: int, world: int) -> float | Non
 
     limit = timedelta(seconds=LIMIT_S)
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-    store = dist.TCPStore(head, port, world, rank == 0, timeout=limit)
+    store = dist.TCPStore(head, port, world, rank == 0, timeout=limit)  # pyright: ignore[reportPrivateImportUsage]
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=world,
                             timeout=limit)  # fmt: skip
     values = torch.ones(_BYTES // 4, device=device)

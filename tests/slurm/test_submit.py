@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +17,7 @@ from slurm.script import StageJob, render
 from slurm.site import Container, Site, load_site
 from slurm.submit import plan
 from trainer.__main__ import main
+from trainer.engine.launch import release_signals, stop_requested, watch_signals
 from trainer.errors import UserError
 from trainer.recipe_file import load_recipe
 from trainer.slurm_config import Job, Slurm
@@ -199,6 +202,30 @@ def test_an_array_is_the_product_of_its_axes():
         (0, 1e-3), (0, 3e-4), (1, 1e-3), (1, 3e-4)
     ]  # fmt: skip
     assert cells[3].recipe.run_dir == Path("runs/quickstart/array/3")
+
+
+@pytest.mark.parametrize(
+    ("verb", "recipe", "code"), [("prepare", "no-such-recipe", "2"), ("prepar", "quickstart", "70")]
+)
+def test_a_rank_leaves_its_code_where_the_script_finds_it(tmp_path, verb, recipe, code):
+    command = [sys.executable, "-m", "slurm.rank", str(tmp_path), verb, recipe]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"RANK": "3"}, capture_output=True, text=True)
+    assert (tmp_path / "3").read_text() == f"{code}\n", done.stderr
+    assert done.returncode != 0
+
+
+def test_a_signal_that_was_ignored_is_ignored_again_when_training_is_over():
+    before = signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    try:
+        watch_signals()
+        watch_signals()  # a second stage in this process
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert stop_requested()
+        release_signals()
+        assert signal.getsignal(signal.SIGUSR1) == signal.SIG_IGN
+        assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGUSR1, before)
 
 
 def test_the_frozen_code_runs_without_the_checkout(tmp_path):
