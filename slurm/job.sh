@@ -3,6 +3,7 @@
 restarts=${SLURM_RESTART_COUNT:-0} # SLURM leaves it unset at the first start
 attempt=0                          # tries within this start
 stopping=''                        # when the signal came
+stuck=''                           # whether srun had to be killed
 unfit=''                           # nodes that failed the preflight
 me=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID} # an array's id alone would mean all of it
 me=${me:-$SLURM_JOB_ID}
@@ -72,10 +73,13 @@ wait_for_ranks() { # until srun ends, or must be ended
         if [ "$ended" = "$straggler_s" ]; then
             say "a rank ended ${straggler_s} s ago and others did not: ending the step"
             for number in $(squeue --noheader --steps --jobs="$me" --format=%i | grep -E '\.[0-9]+$'); do
-                scancel --signal=KILL "$number"
+                scancel --signal=KILL "$number" 2>/dev/null
             done
         fi
-        if [ "$ended" -gt $((straggler_s + 30)) ]; then kill -KILL "$step" 2>/dev/null; fi # it still waits for a lost node
+        if [ "$ended" = $((straggler_s + 30)) ]; then # it still waits for a node that forgot its task
+            stuck=yes
+            kill -KILL "$step" 2>/dev/null
+        fi
     done
     wait "$step"
     code=$?
@@ -124,7 +128,7 @@ while :; do
     case $codes in *" 75 "*) requeue ;; esac
     if [ "$code" = 0 ] && [ "$codes" = " 0 " ]; then exit 0; fi
     # What is left: ranks were killed, lost, or hung.
-    if [ -n "$stopping" ]; then requeue; fi
+    if [ -n "$stopping$stuck" ]; then requeue; fi # what is stuck keeps its place in the allocation
     if [ $((restarts + attempt)) -gt "$max_restarts" ]; then
         say "a rank was lost; not started again: slurm.max_restarts is $max_restarts"
         exit 71

@@ -177,7 +177,7 @@ class Drill:
         chain = self.chain(name, ("pretrain", *case.words))
         noted = case.does(chain)
         step, began = chain.step(), time.monotonic()
-        chain.until(lambda: chain.step() > step or chain.state() == "COMPLETED")
+        chain.until(lambda: chain.step() > step or chain.state() == "COMPLETED", 400)
         lost_s = time.monotonic() - began
         state = chain.ended()
         row = {"case": name, "what": case.says, "ended": state, "restarts": chain.restarts(),
