@@ -28,6 +28,8 @@ def run(outcome: Path, verb: str, recipe: str) -> NoReturn:
     try:
         code = main([verb, recipe])
     finally:
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # it is over: a late signal changes nothing
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         (outcome / os.environ.get("RANK", "0")).write_text(f"{code}\n")
     leave(0 if code == EXIT_PREEMPTED else code)
 

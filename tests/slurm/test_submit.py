@@ -16,6 +16,7 @@ from slurm.grid import elements
 from slurm.script import StageJob, render
 from slurm.site import Container, Site, load_site
 from slurm.submit import plan
+from tests.slurm.drill import CASES
 from trainer.__main__ import main
 from trainer.engine.launch import release_signals, stop_requested, watch_signals
 from trainer.errors import UserError
@@ -23,6 +24,7 @@ from trainer.recipe_file import load_recipe
 from trainer.slurm_config import Job, Slurm
 
 ROOT = Path(__file__).parents[2]
+DRILL = ROOT / "tests" / "benchmarks" / "results" / "slurm_drill.json"
 GOLDEN = Path(__file__).parent / "golden"
 SITES = ("plain", "venv", "pyxis", "apptainer")
 
@@ -251,3 +253,11 @@ def test_the_ledger_keeps_what_was_submitted(tmp_path):
     for name in ("run-pretrain-12.log", "run-pretrain-112.log", "run-pretrain-12_0.log", "run-pretrain-120_1.log"):
         (tmp_path / name).touch()
     assert [path.name for path in kept.logs("pretrain")] == ["run-pretrain-12.log", "run-pretrain-12_0.log"]
+
+
+def test_the_committed_drill_has_every_case_and_every_model_is_the_unbroken_one():
+    rows = {row["case"]: row for row in json.loads(DRILL.read_text())["cases"]}
+    assert set(rows) == {*CASES, "whole chain"}
+    assert {row["ended"] for row in rows.values()} == {"COMPLETED"}
+    exact = [name for name in rows if name == "whole chain" or CASES[name].exact]
+    assert {rows[name]["parameters"] for name in exact} == {"equal"}
