@@ -53,7 +53,9 @@ def _element(recipe: Recipe, number: int, point: Sequence[tuple[str, str]]) -> E
 def _put(tree: dict[str, Any], key: str, value: Any) -> None:
     *above, last = key.split(".")
     for part in above:
-        tree = tree.get(part) or tree.setdefault(part, {})
+        if tree.get(part) is None:
+            tree[part] = {}
+        tree = tree[part]
         if not isinstance(tree, dict):
             raise UserError(f"--array {key}: nothing to set below {part!r}", "a path of keys that the recipe has")
     tree[last] = value

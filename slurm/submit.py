@@ -14,6 +14,7 @@ from slurm.site import Site, load_site
 from trainer.config import Recipe, Training
 from trainer.errors import UserError
 from trainer.recipe_file import dump_recipe, require_section
+from trainer.slurm_config import Slurm
 
 STAGES = ("prepare", "pretrain", "distill", "export", "bench", "report")
 
@@ -31,7 +32,7 @@ def run(recipe: Recipe, *, stages: Sequence[str], site: str, array: Sequence[str
     folder = jobs[0].folder
     ledger = Ledger.read(folder)
     _refuse_second_chain(ledger, recipe)
-    _warn_of_slow_saves(folder, recipe, jobs)
+    _warn_of_slow_saves(jobs)
     frozen.freeze(folder, _recipes(recipe, cells, bool(array)), jobs[0].code)
     paths = [ledger.write_script(stage, text) for stage, text in scripts.items()]
     for path in paths:
@@ -64,13 +65,14 @@ def _job(recipe: Recipe, stage: str, site: Site, array_elements: int) -> StageJo
     folder = recipe.run_dir.absolute() / "slurm"
     if any(ord(letter) < 32 or letter in "\\" for letter in str(folder)):
         raise UserError(f"run_dir {str(recipe.run_dir)!r}", "a path without backslashes and line ends", "rename it")
-    job = getattr(recipe.slurm, stage)
+    wanted = recipe.slurm or Slurm()
+    job = getattr(wanted, stage)
     default = {"pretrain": site.gpus_per_node, "distill": site.gpus_per_node, "bench": min(1, site.gpus_per_node)}
     return StageJob(
         name=f"{recipe.run_dir.name}-{stage}".replace("%", "_"),
         stage=stage,
         job=job,
-        slurm=recipe.slurm,
+        slurm=wanted,
         gpus_per_node=default.get(stage, 0) if job.gpus_per_node is None else job.gpus_per_node,
         workdir=Path.cwd(),
         folder=folder,
@@ -113,14 +115,14 @@ def _refuse_second_chain(ledger: Ledger, recipe: Recipe) -> None:
         )
 
 
-def _warn_of_slow_saves(folder: Path, recipe: Recipe, jobs: Sequence[StageJob]) -> None:
+def _warn_of_slow_saves(jobs: Sequence[StageJob]) -> None:
     """Say what the last stop took, where it was longer than the notice is now, or never ended."""
     for job in jobs:
-        last, cut = folder / f"{job.stage}.last_stop_s", folder / f"{job.stage}.stopping"
-        notice = f"slurm.notice_s is {recipe.slurm.notice_s}"
+        last, cut = job.folder / f"{job.stage}.last_stop_s", job.folder / f"{job.stage}.stopping"
+        notice = f"slurm.notice_s is {job.slurm.notice_s}"
         if cut.is_file():
             print(f"warning: {job.stage} was ended while it saved at its last stop; {notice}", file=sys.stderr)
-        elif last.is_file() and int(last.read_text()) > recipe.slurm.notice_s:
+        elif last.is_file() and int(last.read_text()) > job.slurm.notice_s:
             took = last.read_text().strip()
             print(f"warning: {job.stage} took {took} s to save at its last stop; {notice}", file=sys.stderr)
 

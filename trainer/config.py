@@ -394,7 +394,7 @@ class Recipe(Section):
     distill: Distill | None = None
     export: Export | None = None
     bench: Bench | None = None
-    slurm: Slurm = Slurm()
+    slurm: Slurm | None = None
 
     def stage_dir(self, stage: str) -> Path:
         """Folder of one stage's results."""

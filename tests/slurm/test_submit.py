@@ -203,6 +203,7 @@ def test_an_array_is_the_product_of_its_axes():
     assert [(cell.recipe.seed, cell.recipe.pretrain.optim.learning_rate) for cell in cells] == [
         (0, 1e-3), (0, 3e-4), (1, 1e-3), (1, 3e-4)
     ]  # fmt: skip
+    assert elements(recipe, ["slurm.max_restarts=1"])[0].recipe.slurm.max_restarts == 1
     assert cells[3].recipe.run_dir == Path("runs/quickstart/array/3")
 
 
