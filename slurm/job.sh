@@ -22,7 +22,8 @@ look_at_nodes() { # sets unfit to the nodes that are not to be used, with a comm
     port=$(free_port)
     mapfile -t nodes_here < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
     mkdir -p "$found"
-    timeout $((preflight_s + 30)) srun --kill-on-bad-exit=0 --ntasks-per-node=1 "${srun_options[@]}" "${container[@]}" \
+    timeout $((preflight_s + 30)) srun --kill-on-bad-exit=0 --nodes="$SLURM_JOB_NUM_NODES" \
+        --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 "${srun_options[@]}" "${container[@]}" \
         timeout "$preflight_s" "$python" -m slurm.preflight probe "$found" "$head_node" "$port" \
         "${SLURM_GPUS_ON_NODE:-0}" &
     looking=$!

@@ -68,7 +68,8 @@ def _directives(job: StageJob, site: Site) -> Iterator[str]:
         "output": f"{job.folder}/".replace("%", "%%") + log,
         "open-mode": "append",
         "nodes": nodes,
-        "ntasks-per-node": "1",
+        # A range with one task a node gets the fewest nodes (seen with 22.05); with as many tasks as nodes, the most.
+        "ntasks" if wanted.min_nodes else "ntasks-per-node": str(wanted.nodes) if wanted.min_nodes else "1",
         "cpus-per-task": cpus and str(cpus),
         "mem": wanted.memory_gib and f"{wanted.memory_gib}G",
         **_gpus(job.gpus_per_node, site),
@@ -156,6 +157,6 @@ def _environment(job: StageJob, site: Site) -> Iterator[str]:
         yield f"export GLOO_SOCKET_IFNAME={shlex.quote(site.network_interface)}"
     if site.scratch:
         yield f'export TMPDIR={shlex.quote(site.scratch)}/"$SLURM_JOB_ID"'
-        yield 'srun --ntasks-per-node=1 mkdir -p "$TMPDIR"'
+        yield 'srun --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 mkdir -p "$TMPDIR"'
     for name, value in site.environment.items():
         yield f"export {name}={shlex.quote(value)}"

@@ -10,6 +10,7 @@ that are not asked for stay.
 import argparse
 import json
 import os
+import re
 import shutil
 import signal
 import sys
@@ -94,6 +95,15 @@ def to_a_rank(number: int, step: int = 50) -> Callable[[Chain], None]:
     return does
 
 
+def time_limit(chain: Chain) -> None:
+    """Hold a rank until SLURM itself sends the signal, so that the run is longer than its limit."""
+    at(chain, 50)
+    rank = chain.cluster.ranks(chain.jobs["pretrain"], hosts(chain)[-1])[0]
+    os.kill(rank, signal.SIGSTOP)
+    chain.until(lambda: "signal: asking" in chain.log())
+    os.kill(rank, signal.SIGCONT)
+
+
 def kill_node(which: int) -> Callable[[Chain], str]:
     def does(chain: Chain) -> str:
         at(chain, 50)
@@ -136,9 +146,8 @@ CASES = {
     "signal in evaluation": Case(during_an_evaluation, "evaluating after every step", SLOW),
     "signal in a save": Case(during_a_save, "saving after every step", ("pretrain.save_every_steps=1",)),
     "preemption": Case(urgent_job, "a job of higher priority takes all nodes"),
-    "time limit": Case(lambda chain: at(chain, 2), "--time=1, a run of more than a minute",
-                       ("pretrain.eval_every_steps=4", "pretrain.eval_sequences=null", "slurm.time_minutes=1",
-                        "slurm.notice_s=25")),
+    "time limit": Case(time_limit, "--time=1, a rank is held until the signal comes",
+                       ("slurm.time_minutes=1", "slurm.notice_s=25")),
     "rank killed": Case(to_a_rank(signal.SIGKILL), "kill -9 on the second node"),
     "rank stopped": Case(to_a_rank(signal.SIGSTOP), "SIGSTOP, engine.collective_timeout_s=10",
                          ("pretrain.engine.collective_timeout_s=10",)),
@@ -182,6 +191,9 @@ class Drill:
         state = chain.ended()
         row = {"case": name, "what": case.says, "ended": state, "restarts": chain.restarts(),
                "starts": chain.log().count(": start "), "seconds_lost": round(lost_s, 1)}  # fmt: skip
+        if row["starts"] == 1 and name != "slurmd restarted":
+            row["ended"] = "not disturbed"
+        row["nodes"] = re.findall(r" ranks on (\S+),", chain.log())
         row["parameters"] = compared(reference, chain.run_dir) if state == "COMPLETED" else "none"
         if isinstance(noted, str) and noted in ("n1", "n2", "n3", "n4"):
             self.cluster.start_node(noted)
