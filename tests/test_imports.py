@@ -24,7 +24,7 @@ WALLS = {
     "torch.utils.tensorboard": ("trainer/engine/metrics.py",),
     "wandb": ("trainer/engine/metrics.py",),
     "mlflow": ("trainer/engine/metrics.py",),
-    "torch.distributed": ("trainer/engine/", "trainer/environment.py"),
+    "torch.distributed": ("trainer/engine/", "trainer/environment.py", "slurm/preflight.py"),
 }
 # These stand on nothing heavy, so that --dry-run answers at once on a login node.
 LIGHT = (
@@ -33,6 +33,7 @@ LIGHT = (
     "trainer/config.py",
     "trainer/sections.py",
     "trainer/export_config.py",
+    "trainer/slurm_config.py",
     "trainer/errors.py",
     "trainer/artifact.py",
     "trainer/environment.py",
@@ -56,12 +57,24 @@ LIGHT = (
     "trainer/planning/memory.py",
     "trainer/planning/shapes.py",
     "trainer/planning/workload.py",
+    "slurm/__init__.py",
+    "slurm/cancel.py",
+    "slurm/commands.py",
+    "slurm/frozen.py",
+    "slurm/grid.py",
+    "slurm/ledger.py",
+    "slurm/preflight.py",
+    "slurm/rank.py",
+    "slurm/script.py",
+    "slurm/site.py",
+    "slurm/status.py",
+    "slurm/submit.py",
 )
 HEAVY = ("torch", "transformers", "accelerate", "deepspeed", "tokenizers", "onnx", "onnxruntime", "tensorflow")
 # Lower numbers may not import higher ones; what is not listed is a stage or a piece of one, on top of all.
 FLOORS = (
     ("trainer/errors.py", "trainer/sections.py"),
-    ("trainer/export_config.py",),
+    ("trainer/export_config.py", "trainer/slurm_config.py"),
     ("trainer/config.py", "trainer/engine/launch.py", "trainer/engine/zero_facts.py"),
     ("trainer/recipe_file.py", "trainer/artifact.py"),
     ("trainer/environment.py", "trainer/data/"),
@@ -84,6 +97,10 @@ FLOORS = (
 EXPORT_MAY_IMPORT = ("trainer.errors", "trainer.config", "trainer.export_config", "trainer.artifact",
                      "trainer.recipe_file", "trainer.models",
                      "trainer.data", "trainer.environment", "trainer.__main__")  # fmt: skip
+
+SLURM_MAY_IMPORT = ("trainer.errors", "trainer.sections", "trainer.config", "trainer.slurm_config", "trainer.artifact",
+                    "trainer.recipe_file", "trainer.environment", "trainer.engine.launch",
+                    "trainer.__main__")  # fmt: skip
 
 
 def sources() -> list[Path]:
@@ -148,6 +165,14 @@ def test_walls(path):
         allowed = (*EXPORT_MAY_IMPORT, "export")
         outside = [one for one in sorted(ours) if one != "trainer" and not any(is_below(one, a) for a in allowed)]
         assert outside == [], f"export imports only {', '.join(allowed)}"
+    if name.startswith("slurm/"):
+        allowed = (*SLURM_MAY_IMPORT, "slurm")
+        outside = [
+            one
+            for one in sorted(ours)
+            if one not in ("trainer", "trainer.engine") and not any(is_below(one, a) for a in allowed)
+        ]
+        assert outside == [], f"slurm imports only {', '.join(allowed)}"
     if name in LIGHT:
         at_once = imported_by(path, inside_functions=False)
         heavy = [one for one in sorted(at_once) if one.split(".")[0] in HEAVY]
@@ -215,6 +240,12 @@ def test_dry_run_imports_nothing_heavy(verb):
 def test_plan_imports_nothing_heavy():
     modules, printed = run_and_list_modules("plan", "quickstart")
     assert "parameters     5,364,480" in printed
+    assert sorted(modules & {*HEAVY, "numpy", "matplotlib", "pyarrow"}) == []
+
+
+def test_submit_imports_nothing_heavy():
+    modules, printed = run_and_list_modules("submit", "quickstart", "--dry-run")
+    assert "#SBATCH --job-name=quickstart-pretrain" in printed
     assert sorted(modules & {*HEAVY, "numpy", "matplotlib", "pyarrow"}) == []
 
 

@@ -24,6 +24,8 @@ class Verb:
     takes_recipe: bool = True
     flags: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # option -> what argparse is told about it
     what: tuple[str, ...] = ()  # a word before the recipe, one of these
+    takes_stages: bool = False  # words after the recipe that are no key=value; then `--dry-run` is the verb's own
+    takes_folder: bool = False  # a run folder in place of a recipe
 
 
 GPU_NAMES = ("a100-40", "a100-80", "h100", "h200", "b200", "l40s", "rtx4090", "v100")  # planning.hardware's
@@ -51,6 +53,22 @@ VERBS = {
     "export": Verb("export.export", "model folders to verified ONNX"),
     "bench": Verb("export.bench", "latency, throughput, memory and quality of every backend"),
     "report": Verb("export.report", "report.html, plots and model cards from what was measured"),
+    "submit": Verb(
+        "slurm.submit",
+        "the chain, or some stages of it, as jobs of a SLURM cluster",
+        takes_stages=True,
+        flags={
+            "--site": {"default": "plain", "metavar": "FILE", "help": "names and ways of the cluster (default plain)"},
+            "--array": {
+                "action": "append",
+                "default": [],
+                "metavar": "key=value,value",
+                "help": "a job array over these values; several make a grid",
+            },
+        },
+    ),
+    "status": Verb("slurm.status", "the jobs of a run folder", takes_recipe=False, takes_folder=True),
+    "cancel": Verb("slurm.cancel", "end the jobs of a run folder", takes_recipe=False, takes_folder=True),
     "doctor": Verb("trainer.doctor", "what this machine has, and what it is usable for", takes_recipe=False),
     "schema": Verb("trainer.schema", "the recipe's JSON Schema, for editors", takes_recipe=False),
 }
@@ -58,11 +76,18 @@ VERBS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; returns its exit code: 0 success, 1 failed gate, 2 user's error, 75 preempted."""
-    arguments = _parser().parse_args(argv)
+    arguments = _parse(argv)
     verb = VERBS[arguments.verb]
     try:
-        if not verb.takes_recipe:
+        if verb.takes_folder:
+            importlib.import_module(verb.module).run(arguments.run_dir)
+        elif not verb.takes_recipe:
             importlib.import_module(verb.module).run()
+        elif verb.takes_stages:
+            stages = [word for word in arguments.overrides if "=" not in word]
+            recipe = load_recipe(arguments.recipe, [word for word in arguments.overrides if "=" in word])
+            flags = {name.lstrip("-"): getattr(arguments, name.lstrip("-")) for name in verb.flags}
+            importlib.import_module(verb.module).run(recipe, stages=stages, dry_run=arguments.dry_run, **flags)
         elif arguments.dry_run:
             recipe = load_recipe(arguments.recipe, arguments.overrides)
             print(dump_recipe(recipe), end="")
@@ -114,16 +139,33 @@ def _is_stage(verb: str) -> bool:
     return verb in Recipe.model_fields
 
 
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The arguments, with words that stand after an option (argparse gives up on them) as if before it."""
+    parser = _parser()
+    arguments, rest = parser.parse_known_args(argv)
+    strange = [word for word in rest if word.startswith("-")]
+    if strange or (rest and not hasattr(arguments, "overrides")):
+        parser.error(f"unrecognized arguments: {' '.join(strange or rest)}")
+    if rest:
+        arguments.overrides = [*arguments.overrides, *rest]
+    return arguments
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="lmworks", description="Raw text in, a compact served language model out.")
     commands = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     for name, verb in VERBS.items():
         command = commands.add_parser(name, help=verb.does, description=verb.does)
+        if verb.takes_folder:
+            command.add_argument("run_dir", type=Path, help="the recipe's run_dir")
         if verb.takes_recipe:
             if verb.what:
                 command.add_argument("what", choices=verb.what, help="what is proven")
             command.add_argument("recipe", help="a YAML file, or the name of a recipe that ships with lmworks")
-            command.add_argument("overrides", nargs="*", metavar="key=value", help="such as pretrain.max_steps=100")
+            stages = "stage or " if verb.takes_stages else ""
+            command.add_argument(
+                "overrides", nargs="*", metavar=f"{stages}key=value", help="such as pretrain.max_steps=100"
+            )
             command.add_argument(
                 "--dry-run", action="store_true", help="print the resolved recipe and what would happen"
             )

@@ -8,6 +8,7 @@ from pydantic import Field, PositiveInt, SerializerFunctionWrapHandler, model_se
 
 from trainer.export_config import Bench, Export
 from trainer.sections import Fraction, NonNegative, Positive, Section, Share
+from trainer.slurm_config import Slurm
 
 # ---- prepare ---------------------------------------------------------------------------------------------------
 
@@ -399,6 +400,7 @@ class Recipe(Section):
     distill: Distill | None = None
     export: Export | None = None
     bench: Bench | None = None
+    slurm: Slurm | None = None
 
     def stage_dir(self, stage: str) -> Path:
         """Folder of one stage's results."""

@@ -9,7 +9,7 @@ import json
 from collections.abc import Iterable, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
 from ruamel.yaml import YAML
@@ -21,6 +21,8 @@ from trainer.config import Recipe
 from trainer.errors import UserError
 
 Location = tuple[int | str, ...]
+Schema = type[BaseModel]
+Checked = TypeVar("Checked", bound=BaseModel)
 # What each stage needs to be told.
 _SECTIONS = {
     "prepare": "its sources and tokenizer",
@@ -54,17 +56,21 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
 
     Raises UserError that lists every problem with file, line and the nearest valid key.
     """
-    path = find_recipe(name)
+    return load_strict(find_recipe(name), Recipe, "recipe", overrides)
+
+
+def load_strict(path: Path, schema: type[Checked], what: str, overrides: Sequence[str] = ()) -> Checked:
+    """A YAML file checked against a schema, with overrides applied on top; UserError lists every problem."""
     tree = _read_yaml(path)
     overridden = [_apply_override(tree, override) for override in overrides]
     plain = json.dumps(_plain(tree, path))
     try:  # JSON's strict mode: a list is a tuple and text a path, but `true` is no number and "10" no integer
-        return Recipe.model_validate_json(plain, strict=True)
+        return schema.model_validate_json(plain, strict=True)
     except ValidationError as error:
-        found = [_describe(problem, path, tree, overridden) for problem in _causes(error.errors())]
+        found = [_describe(problem, path, tree, overridden, schema) for problem in _causes(error.errors())]
         lines = [text for _, text in sorted(found)]
     plural = "s" if len(lines) > 1 else ""
-    raise UserError("\n".join([f"{len(lines)} problem{plural} in recipe {path}:", *(f"  {line}" for line in lines)]))
+    raise UserError("\n".join([f"{len(lines)} problem{plural} in {what} {path}:", *(f"  {line}" for line in lines)]))
 
 
 def require_section(recipe: Recipe, stage: str) -> None:
@@ -210,7 +216,7 @@ def _causes(problems: list[Any]) -> list[Any]:
 
 
 def _describe(
-    problem: Any, path: Path, tree: CommentedMap, overridden: Iterable[tuple[Location, str]]
+    problem: Any, path: Path, tree: CommentedMap, overridden: Iterable[tuple[Location, str]], schema: Schema
 ) -> tuple[int, str]:
     """Line number and text for one of pydantic's findings: where, which key, what is wrong, the nearest valid key."""
     location = tuple(
@@ -223,19 +229,22 @@ def _describe(
         below = target[: len(place)] == place and not _is_in_file(tree, place)
         if place[: len(target)] == target or below:
             where = f"override {override!r}"
-    return line, f"{where}: {'.'.join(str(part) for part in location) or 'the recipe'}: {_say(problem, location, tree)}"
+    return (
+        line,
+        f"{where}: {'.'.join(str(part) for part in location) or 'the recipe'}: {_say(problem, location, tree, schema)}",
+    )
 
 
-def _say(problem: Any, location: Location, tree: CommentedMap) -> str:
+def _say(problem: Any, location: Location, tree: CommentedMap, schema: Schema) -> str:
     """What is wrong, and what is known instead."""
     kind, found = problem["type"], problem["input"]
     if kind == "extra_forbidden":
-        return f"unknown key{_nearest(str(location[-1]), _keys_at(location[:-1], tree))}"
+        return f"unknown key{_nearest(str(location[-1]), _keys_at(location[:-1], tree, schema))}"
     if kind.startswith("union_tag"):
         tags = [tag.strip(" '") for tag in problem["ctx"].get("expected_tags", "").split(",")]
         if kind == "union_tag_invalid":
             return f"unknown name {problem['ctx']['tag']!r}{_nearest(problem['ctx']['tag'], tags)}"
-        return f"`name` is missing; known: {', '.join(_names_at(location, tree))}"
+        return f"`name` is missing; known: {', '.join(_names_at(location, tree, schema))}"
     message = problem["msg"].removeprefix("Value error, ").removesuffix(" for <class 'pathlib.Path'>")
     shown = "" if isinstance(found, dict | list | BaseModel) or kind == "missing" else f" (found {found!r})"
     return message + shown
@@ -285,11 +294,11 @@ def _line(tree: CommentedMap, location: Location) -> int:
     return line
 
 
-def _keys_at(location: Location, tree: CommentedMap) -> list[str]:
+def _keys_at(location: Location, tree: CommentedMap, schema: Schema) -> list[str]:
     """Keys that the schema knows at `location`."""
-    schema: Any = TypeAdapter(Recipe).json_schema()
-    definitions = schema.get("$defs", {})
-    options = [schema]
+    root: Any = TypeAdapter(schema).json_schema()
+    definitions = root.get("$defs", {})
+    options = [root]
     for index, part in enumerate(location):
         options = [child for option in options for child in _expand(_schema_child(option, part), definitions)]
         chosen = _at(tree, (*location[: index + 1], "name"))
@@ -299,12 +308,12 @@ def _keys_at(location: Location, tree: CommentedMap) -> list[str]:
     return sorted({key for option in options for key in option.get("properties", {})})
 
 
-def _names_at(location: Location, tree: CommentedMap) -> list[str]:
+def _names_at(location: Location, tree: CommentedMap, schema: Schema) -> list[str]:
     """The names of a union's alternatives at `location`."""
-    schema: Any = TypeAdapter(Recipe).json_schema()
-    options = [schema]
+    root: Any = TypeAdapter(schema).json_schema()
+    options = [root]
     for part in location:
-        options = [child for o in options for child in _expand(_schema_child(o, part), schema["$defs"])]
+        options = [child for o in options for child in _expand(_schema_child(o, part), root.get("$defs", {}))]
     names = [option.get("properties", {}).get("name", {}).get("const") for option in options]
     return sorted(name for name in names if name)
 

@@ -5,9 +5,10 @@ import os
 import signal
 import sys
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 _stop_signal: str | None = None
+_before: dict[int, Any] = {}  # what the watched signals did before they were watched
 
 
 def ensure_ranks() -> None:
@@ -56,14 +57,15 @@ def watch_signals() -> None:
     global _stop_signal
     _stop_signal = None
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-        signal.signal(number, _remember)
+        was = signal.signal(number, _remember)
+        if was is not _remember:
+            _before[number] = was
 
 
 def release_signals() -> None:
-    """Give the signals their usual meaning back."""
-    for number in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_DFL)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    """Give the signals back the meaning they had: a batch script has its launchers ignore SIGUSR1."""
+    for number, was in _before.items():
+        signal.signal(number, was)
 
 
 def stop_requested() -> bool:

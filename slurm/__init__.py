@@ -1,0 +1,1 @@
+"""A recipe in, jobs of a SLURM cluster out."""

@@ -1,0 +1,62 @@
+"""SLURM's own commands, as a login node has them: what they answer, and what they refuse as one message.
+What is asked for is in the batch scripts; nothing here knows stages."""
+
+import shutil
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+from trainer.errors import UserError
+
+_LIMIT_S = 60  # a controller that does not answer for longer is down (its own timeouts are 10 s and 30 s)
+
+
+def call(*command: str) -> str:
+    """Output of a command; UserError with what it said if it failed."""
+    done = run(command)
+    if done.returncode:
+        said = (done.stderr or done.stdout).strip()
+        raise UserError(f"{command[0]} refused: {said}", "what SLURM takes", f"see `man {command[0]}`, or --site")
+    return done.stdout
+
+
+def run(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
+    """The finished command, whatever came of it; UserError if it is not there or does not answer."""
+    if shutil.which(command[0]) is None:
+        raise UserError(
+            f"no {command[0]} here", "SLURM's commands", "submit from a login node, or print with --dry-run"
+        )
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=False, timeout=_LIMIT_S)
+    except subprocess.TimeoutExpired:
+        raise UserError(f"{command[0]} did not answer in {_LIMIT_S} s", "a controller", "try later: sinfo") from None
+
+
+def check(script: Path) -> None:
+    """UserError if SLURM would not take the script."""
+    call("sbatch", "--test-only", str(script))
+
+
+def submit(script: Path, after: str | None, each: bool) -> str:
+    """Submit a script to run after job `after` (each element of an array after its own); returns the job's id."""
+    condition = [f"--dependency={'aftercorr' if each else 'afterok'}:{after}"] if after else []
+    return call("sbatch", "--parsable", "--kill-on-invalid-dep=yes", *condition, str(script)).split(";")[0].strip()
+
+
+def show(job_id: str) -> list[dict[str, str]]:
+    """What the controller knows of a job, or of each element of an array; nothing if it has forgotten it."""
+    done = run(["scontrol", "show", "job", "--oneliner", job_id])
+    lines = done.stdout.strip().splitlines() if done.returncode == 0 else []
+    return [dict(word.split("=", 1) for word in line.split() if "=" in word) for line in lines]
+
+
+def unfinished(job_ids: Sequence[str]) -> list[str]:
+    """Those of the jobs that wait or run."""
+    live = ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "SUSPENDED", "REQUEUED")
+    return [job for job in job_ids if any(facts["JobState"] in live for facts in show(job))]
+
+
+def cancel(job_ids: Sequence[str]) -> None:
+    """End jobs; those that are over already are left alone."""
+    if job_ids:
+        call("scancel", *job_ids)

@@ -1,0 +1,138 @@
+# ---- from here on the same in every script ---------------------------------------------------------------------------
+
+restarts=${SLURM_RESTART_COUNT:-0} # SLURM leaves it unset at the first start
+attempt=0                          # tries within this start
+stopping=''                        # when the signal came
+stuck=''                           # whether srun had to be killed
+unfit=''                           # nodes that failed the preflight
+me=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID} # an array's id alone would mean all of it
+me=${me:-$SLURM_JOB_ID}
+head_node=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+
+say() { printf '%s job %s: %s\n' "$(date -u +%H:%M:%S)" "$me" "$*"; }
+
+free_port() { # on this node, which is the first one: from the job's id, so that jobs on one node do not meet
+    local port=$((20000 + (SLURM_JOB_ID * 16 + attempt) % 12000))
+    while (exec 3<>"/dev/tcp/127.0.0.1/$port") 2>/dev/null; do port=$((port + 1)); done
+    echo "$port"
+}
+
+look_at_nodes() { # sets unfit to the nodes that are not to be used, with a comma between them
+    local found=$outcome.nodes nodes_here looking
+    port=$(free_port)
+    mapfile -t nodes_here < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+    mkdir -p "$found"
+    timeout $((preflight_s + 30)) srun --kill-on-bad-exit=0 --nodes="$SLURM_JOB_NUM_NODES" \
+        --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 "${srun_options[@]}" "${container[@]}" \
+        timeout "$preflight_s" "$python" -m slurm.preflight probe "$found" "$head_node" "$port" \
+        "${SLURM_GPUS_ON_NODE:-0}" &
+    looking=$!
+    while kill -0 "$looking" 2>/dev/null; do
+        wait "$looking"
+        if [ -n "$stopping" ]; then kill "$looking"; return; fi
+    done
+    unfit=$("$python" -m slurm.preflight judge "$found" "${nodes_here[@]}")
+    if [ "$(echo "$unfit" | tr ',' '\n' | grep -c .)" = "${#nodes_here[@]}" ]; then
+        say "no node is fit: that is not the nodes"
+        exit 71
+    fi
+}
+
+start_ranks() { # one task a node; what stands in single quotes is expanded there
+    nodes=$SLURM_JOB_NUM_NODES
+    ranks_here=${ranks_per_node:-${SLURM_GPUS_ON_NODE:-1}}
+    ranks=$((nodes * ranks_here))
+    port=$(free_port)
+    mkdir -p "$outcome"
+    export nodes ranks head_node port outcome python stage recipe
+    say "start $restarts.$attempt: $stage as $ranks ranks on $SLURM_JOB_NODELIST, rendezvous at $head_node:$port"
+    # shellcheck disable=SC2016
+    srun --kill-on-bad-exit=1 --nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1 \
+        --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" "${srun_options[@]}" "${container[@]}" bash -c '
+            trap "" USR1 # the launcher would die of it; the ranks set a handler of their own
+            if [ "$ranks" -gt 1 ]; then set -- --multi_gpu --same_network; fi
+            exec "$python" -m accelerate.commands.launch "$@" \
+                --num_machines "$nodes" --num_processes "$ranks" --machine_rank "$SLURM_NODEID" \
+                --main_process_ip "$head_node" --main_process_port "$port" --rdzv_backend static \
+                --mixed_precision no --dynamo_backend no --num_cpu_threads_per_process "${OMP_NUM_THREADS:-1}" \
+                -m slurm.rank "$outcome" "$stage" "$recipe"' &
+    step=$!
+}
+
+wait_for_ranks() { # until srun ends, or must be ended
+    local ended=0 asked=-3 number
+    while kill -0 "$step" 2>/dev/null; do
+        sleep 1 &
+        wait $! # not `sleep 1` alone: a trap runs only when the foreground command is over
+        # Sent again and again, as ranks that are still importing ignore it.
+        if [ -n "$stopping" ] && [ $((SECONDS - asked)) -ge 3 ]; then
+            asked=$SECONDS
+            kill -USR1 "$step" 2>/dev/null
+        fi
+        # SLURM does not always notice that a node lost its tasks; srun would wait for them for ever.
+        if compgen -G "$outcome/*" >/dev/null; then ended=$((ended + 1)); fi
+        if [ "$ended" = "$straggler_s" ]; then
+            say "a rank ended ${straggler_s} s ago and others did not: ending the step"
+            for number in $(squeue --noheader --steps --jobs="$me" --format=%i | grep -E '\.[0-9]+$'); do
+                scancel --signal=KILL "$number" 2>/dev/null
+            done
+        fi
+        if [ "$ended" = $((straggler_s + 30)) ]; then # it still waits for a node that forgot its task
+            stuck=yes
+            kill -KILL "$step" 2>/dev/null
+        fi
+    done
+    wait "$step"
+    code=$?
+}
+
+requeue() {
+    if [ $((restarts + attempt)) -gt "$max_restarts" ]; then
+        say "not started again: slurm.max_restarts is $max_restarts. Submit once more to go on"
+        exit 75
+    fi
+    say "requeueing"
+    trap '' TERM # of the requeueing: it must not come between the two commands
+    scontrol requeue "$me" || { say "SLURM does not requeue this job; submit once more to go on"; exit 75; }
+    if [ -n "$unfit" ]; then # a job's nodes can be chosen only while it waits
+        excluded=$(scontrol show job --oneliner "$me" | sed -n 's/.* ExcNodeList=\([^ ]*\).*/\1/p')
+        if [ "$excluded" = '(null)' ]; then excluded=''; fi
+        scontrol update "jobid=$me" "excnodelist=${excluded:+$excluded,}$unfit" && say "excluded: $unfit"
+    fi
+    sleep 600 & # SLURM ends this script now
+    wait $!
+    exit 75
+}
+
+trap 'stopping=${stopping:-$SECONDS}; date +%s >"$job_folder/$stage.stopping"; say "signal: asking the ranks to save"' USR1
+
+while :; do
+    attempt=$((attempt + 1))
+    outcome=$job_folder/outcome/$SLURM_JOB_ID.$restarts.$attempt
+    if [ -n "$preflight_s" ]; then
+        look_at_nodes
+        if [ -n "$unfit" ] || [ -n "$stopping" ]; then requeue; fi
+    fi
+    start_ranks
+    wait_for_ranks
+    if [ -n "$stopping" ]; then
+        took_s=$((SECONDS - stopping))
+        echo "$took_s" >"$job_folder/$stage.last_stop_s"
+        say "the ranks ended $took_s s after the signal; the notice is $notice_s s"
+    fi
+    rm -f "$job_folder/$stage.stopping"
+    codes=" $(sort -u "$outcome"/* 2>/dev/null | tr '\n' ' ')"
+    say "srun ended with $code, ranks with:$codes"
+    for final in 1 2 70 130; do # a gate, a mistake in the recipe, an error in a program: the next start would end alike
+        case $codes in *" $final "*) exit "$final" ;; esac
+    done
+    case $codes in *" 75 "*) requeue ;; esac
+    if [ "$code" = 0 ] && [ "$codes" = " 0 " ]; then exit 0; fi
+    # What is left: ranks were killed, lost, or hung.
+    if [ -n "$stopping$stuck" ]; then requeue; fi # what is stuck keeps its place in the allocation
+    if [ $((restarts + attempt)) -gt "$max_restarts" ]; then
+        say "a rank was lost; not started again: slurm.max_restarts is $max_restarts"
+        exit 71
+    fi
+    say "a rank was lost: starting again from the last checkpoint"
+done

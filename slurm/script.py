@@ -1,0 +1,162 @@
+"""The batch script of one stage as one readable text: directives, values, the site's lines, then job.sh as it is.
+A pure function of what it is given; nothing here asks SLURM or the file system."""
+
+import re
+import shlex
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+
+from slurm.site import Site
+from trainer.slurm_config import Job, Slurm
+
+_PLAIN = re.compile(r"[A-Za-z0-9_.,:@/+=\[\]-]+")
+# Seconds that ranks get to end after the first one did: torchrun gives them 30, SLURM's KillWait 30 by default.
+STRAGGLER_S = 90
+# For the nodes to import torch, from a cold network disk too, and to add up once; slurm/preflight.py waits up to 60.
+PREFLIGHT_S = 180
+
+
+@dataclass(frozen=True)
+class StageJob:
+    """One stage as a job. Paths are absolute."""
+
+    name: str
+    stage: str
+    job: Job
+    slurm: Slurm
+    gpus_per_node: int
+    workdir: Path  # where `lmworks submit` was called: relative paths of the recipe begin here
+    folder: Path  # <run_dir>/slurm
+    code: Path  # the frozen copy of lmworks
+    python: str
+    elements: int = 0  # of a job array, each with a recipe of its own; 0: no array
+
+    @property
+    def trains(self) -> bool:
+        """Whether the stage takes nodes and ranks."""
+        return self.stage in ("pretrain", "distill")
+
+
+def render(job: StageJob, site: Site) -> str:
+    """The text of the script."""
+    parts = [
+        "#!/usr/bin/env bash",
+        *_directives(job, site),
+        "",
+        f"# The stage `{job.stage}` of lmworks. Values first, then what is the same in every script. Edit it, and",
+        "# sbatch it by hand, as you like; the cluster's part comes from the site file, the rest from the recipe.",
+        *_values(job),
+        *_container(job, site),
+        *_environment(job, site),
+        "",
+        resources.files("slurm").joinpath("job.sh").read_text(encoding="utf-8"),
+    ]
+    return "\n".join(parts)
+
+
+def _directives(job: StageJob, site: Site) -> Iterator[str]:
+    wanted = job.job
+    nodes = f"{wanted.min_nodes}-{wanted.nodes}" if wanted.min_nodes else str(wanted.nodes)
+    log = "%x-%A_%a.log" if job.elements else "%x-%j.log"
+    partition = site.partition if job.gpus_per_node or not site.cpu_partition else site.cpu_partition
+    cpus = wanted.cpus_per_node or (site.cpus_per_node if job.trains else None)
+    options = {
+        "job-name": job.name,
+        "chdir": str(job.workdir),
+        "output": f"{job.folder}/".replace("%", "%%") + log,
+        "open-mode": "append",
+        "nodes": nodes,
+        # A range with one task a node gets the fewest nodes (seen with 22.05); with as many tasks as nodes, the most.
+        "ntasks" if wanted.min_nodes else "ntasks-per-node": str(wanted.nodes) if wanted.min_nodes else "1",
+        "cpus-per-task": cpus and str(cpus),
+        "mem": wanted.memory_gib and f"{wanted.memory_gib}G",
+        **_gpus(job.gpus_per_node, site),
+        "time": str(wanted.time_minutes or job.slurm.time_minutes),
+        "signal": f"B:USR1@{job.slurm.notice_s}",
+        "array": f"0-{job.elements - 1}" if job.elements else None,
+        "account": site.account,
+        "partition": partition,
+        "qos": site.qos,
+        "constraint": site.constraint if job.gpus_per_node else None,
+        "reservation": site.reservation,
+        "exclude": site.exclude,
+    }
+    yield from (f"#SBATCH --{name}={_directive_value(value)}" for name, value in options.items() if value)
+    yield "#SBATCH --requeue"
+    if site.exclusive and job.trains:
+        yield "#SBATCH --exclusive"
+    for option in site.directives:
+        name, equals, value = option.partition("=")
+        yield f"#SBATCH {name}{equals}{_directive_value(value) if value else ''}"
+
+
+def _gpus(count: int, site: Site) -> dict[str, str]:
+    if not count:
+        return {}
+    typed = f"{site.gpu_type}:{count}" if site.gpu_type else str(count)
+    return {site.gpu_request: f"gpu:{typed}" if site.gpu_request == "gres" else typed}
+
+
+def _directive_value(value: str) -> str:
+    """Quoted as sbatch reads its lines: blanks end a value, # begins a comment; nothing is expanded."""
+    if _PLAIN.fullmatch(value):
+        return value
+    return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
+
+
+def _values(job: StageJob) -> Iterator[str]:
+    recipe = job.folder / "recipe.yaml"
+    quoted = shlex.quote(str(recipe))
+    if job.elements:
+        quoted = f'{shlex.quote(str(job.folder))}/recipe-"$SLURM_ARRAY_TASK_ID".yaml'
+    ranks = job.job.ranks_per_node or (None if job.gpus_per_node and job.trains else 1)
+    yield f"stage={job.stage}"
+    yield f"recipe={quoted}"
+    yield f"job_folder={shlex.quote(str(job.folder))}"
+    yield f"python={shlex.quote(job.python)}"
+    yield f"ranks_per_node={ranks}" if ranks else "ranks_per_node='' # one for each GPU that the job gets on a node"
+    yield f"max_restarts={job.slurm.max_restarts}"
+    yield f"notice_s={job.slurm.notice_s}"
+    yield f"straggler_s={STRAGGLER_S}"
+    looked_at = job.trains and job.slurm.preflight and (job.job.nodes > 1 or job.gpus_per_node > 0)
+    yield f"preflight_s={PREFLIGHT_S}" if looked_at else "preflight_s='' # nodes are not looked at"
+
+
+def _container(job: StageJob, site: Site) -> Iterator[str]:
+    """What stands between srun and the ranks."""
+    box = site.container
+    srun, prefix = [], []
+    mounts = [*dict.fromkeys([str(job.workdir), str(job.folder.parent)]), *box.mounts]
+    if box.kind == "pyxis":
+        pairs = ",".join(mount if ":" in mount else f"{mount}:{mount}" for mount in mounts)
+        srun = [f"--container-image={box.image}", f"--container-mounts={pairs}", f"--container-workdir={job.workdir}"]
+    if box.kind == "apptainer":
+        binds = [word for mount in mounts for word in ("--bind", mount)]
+        nvidia = ["--nv"] if job.gpus_per_node else []
+        prefix = ["apptainer", "exec", *nvidia, *binds, "--pwd", str(job.workdir), str(box.image)]
+    yield f"srun_options=({' '.join(_word(word) for word in srun)})"
+    yield f"container=({' '.join(_word(word) for word in prefix)})"
+
+
+def _word(value: str) -> str:
+    """Quoted for bash, also where only a reader could take a comma for a separator."""
+    return shlex.quote(value) if "," not in value else "'" + value.replace("'", "'\"'\"'") + "'"
+
+
+def _environment(job: StageJob, site: Site) -> Iterator[str]:
+    """The site's lines and variables; SLURM hands them on to the nodes."""
+    yield ""
+    yield from site.setup
+    yield f"export PYTHONPATH={shlex.quote(str(job.code))}${{PYTHONPATH:+:$PYTHONPATH}}"
+    yield f"export TORCH_ELASTIC_SHUTDOWN_TIMEOUT={job.slurm.notice_s} # else torchrun kills ranks that save after 30 s"
+    yield 'export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"'
+    if site.network_interface:
+        yield f"export NCCL_SOCKET_IFNAME={shlex.quote(site.network_interface)}"
+        yield f"export GLOO_SOCKET_IFNAME={shlex.quote(site.network_interface)}"
+    if site.scratch:
+        yield f'export TMPDIR={shlex.quote(site.scratch)}/"$SLURM_JOB_ID"'
+        yield 'srun --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 mkdir -p "$TMPDIR"'
+    for name, value in site.environment.items():
+        yield f"export {name}={shlex.quote(value)}"

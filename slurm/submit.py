@@ -1,0 +1,139 @@
+"""The `submit` verb: a recipe's stages as a chain of jobs, each after the one before, checked before any is submitted.
+What a job does is in its script (script.py, job.sh); what became of it is asked by status.py."""
+
+import itertools
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from slurm import commands, frozen
+from slurm.grid import Element, elements
+from slurm.ledger import Ledger
+from slurm.script import StageJob, render
+from slurm.site import Site, load_site
+from trainer.config import Recipe, Training
+from trainer.errors import UserError
+from trainer.recipe_file import dump_recipe, require_section
+from trainer.slurm_config import Slurm
+
+STAGES = ("prepare", "pretrain", "distill", "export", "bench", "report")
+
+
+def run(recipe: Recipe, *, stages: Sequence[str], site: str, array: Sequence[str], dry_run: bool) -> None:
+    """Submit `stages`, by default all that the recipe has; `dry_run` prints the scripts instead."""
+    where = load_site(site)
+    cells = elements(recipe, array)
+    jobs = plan(recipe, stages, where, len(cells) if array else 0)
+    scripts = {job.stage: render(job, where) for job in jobs}
+    if dry_run:
+        for stage, text in scripts.items():
+            print(f"# ==== {stage}.sbatch\n{text}")
+        return
+    folder = jobs[0].folder
+    ledger = Ledger.read(folder)
+    _refuse_second_chain(ledger, recipe)
+    _warn_of_slow_saves(jobs)
+    frozen.freeze(folder, _recipes(recipe, cells, bool(array)), jobs[0].code)
+    paths = [ledger.write_script(stage, text) for stage, text in scripts.items()]
+    for path in paths:
+        commands.check(path)
+    ledger.jobs = _submit_chain(jobs, paths)
+    ledger.elements = [cell.name for cell in cells] if array else []
+    ledger.write()
+    for job in jobs:
+        print(f"{job.stage}: job {ledger.jobs[job.stage]}, log {ledger.log(job.stage, job.name)}")
+    print(f"look: lmworks status {recipe.run_dir}\nstop: lmworks cancel {recipe.run_dir}")
+
+
+def plan(recipe: Recipe, stages: Sequence[str], site: Site, array_elements: int) -> list[StageJob]:
+    """The jobs, in the chain's order; UserError for a stage that is not there or ranks that do not divide a batch."""
+    unknown = [stage for stage in stages if stage not in STAGES]
+    if unknown:
+        raise UserError(f"no stage {unknown[0]!r}", f"some of {', '.join(STAGES)}", "or key=value for the recipe")
+    for stage in stages:
+        if stage != "report":
+            require_section(recipe, stage)
+    there = [stage for stage in STAGES if stage == "report" or getattr(recipe, stage) is not None]
+    jobs = [_job(recipe, stage, site, array_elements) for stage in there if not stages or stage in stages]
+    for job in jobs:
+        if job.trains:
+            _require_whole_batches(getattr(recipe, job.stage), job)
+    return jobs
+
+
+def _job(recipe: Recipe, stage: str, site: Site, array_elements: int) -> StageJob:
+    folder = recipe.run_dir.absolute() / "slurm"
+    if any(ord(letter) < 32 or letter in "\\" for letter in str(folder)):
+        raise UserError(f"run_dir {str(recipe.run_dir)!r}", "a path without backslashes and line ends", "rename it")
+    wanted = recipe.slurm or Slurm()
+    job = getattr(wanted, stage)
+    default = {"pretrain": site.gpus_per_node, "distill": site.gpus_per_node, "bench": min(1, site.gpus_per_node)}
+    return StageJob(
+        name=f"{recipe.run_dir.name}-{stage}".replace("%", "_"),
+        stage=stage,
+        job=job,
+        slurm=wanted,
+        gpus_per_node=default.get(stage, 0) if job.gpus_per_node is None else job.gpus_per_node,
+        workdir=Path.cwd(),
+        folder=folder,
+        code=folder / frozen.code_name(),
+        python=site.python or (sys.executable if site.container.kind == "none" else "python3"),
+        elements=array_elements,
+    )
+
+
+def _require_whole_batches(section: Training, job: StageJob) -> None:
+    """UserError where a batch does not fall evenly to the ranks of any number of nodes that the job may get."""
+    ranks = job.job.ranks_per_node or job.gpus_per_node or 1
+    phases = getattr(section, "phases", ())
+    for number in range(1 + len(phases)):
+        part = section.phase_training(number) if phases else section  # type: ignore[attr-defined] - pretrain has it
+        for nodes in range(job.job.fewest_nodes, job.job.nodes + 1):
+            at_once = nodes * ranks * part.micro_batch_size
+            if part.global_batch_size % at_once:
+                raise UserError(
+                    f"{job.stage}: global_batch_size {part.global_batch_size} on {nodes} x {ranks} ranks of "
+                    f"micro_batch_size {part.micro_batch_size}",
+                    f"a multiple of {at_once}",
+                    "change the batch, or slurm's nodes, min_nodes, ranks_per_node",
+                )
+
+
+def _recipes(recipe: Recipe, cells: Sequence[Element], is_array: bool) -> dict[str, str]:
+    if not is_array:
+        return {"recipe.yaml": dump_recipe(recipe)}
+    return {f"recipe-{number}.yaml": dump_recipe(cell.recipe) for number, cell in enumerate(cells)}
+
+
+def _refuse_second_chain(ledger: Ledger, recipe: Recipe) -> None:
+    live = commands.unfinished(list(ledger.jobs.values()))
+    if live:
+        raise UserError(
+            f"jobs {', '.join(live)} of {recipe.run_dir} are not over",
+            "one chain at a time in a run folder",
+            f"lmworks cancel {recipe.run_dir}, or take another run_dir",
+        )
+
+
+def _warn_of_slow_saves(jobs: Sequence[StageJob]) -> None:
+    """Say what the last stop took, where it was longer than the notice is now, or never ended."""
+    for job in jobs:
+        last, cut = job.folder / f"{job.stage}.last_stop_s", job.folder / f"{job.stage}.stopping"
+        notice = f"slurm.notice_s is {job.slurm.notice_s}"
+        if cut.is_file():
+            print(f"warning: {job.stage} was ended while it saved at its last stop; {notice}", file=sys.stderr)
+        elif last.is_file() and int(last.read_text()) > job.slurm.notice_s:
+            took = last.read_text().strip()
+            print(f"warning: {job.stage} took {took} s to save at its last stop; {notice}", file=sys.stderr)
+
+
+def _submit_chain(jobs: Sequence[StageJob], paths: Sequence[Path]) -> dict[str, str]:
+    """Ids by stage; if SLURM refuses one, those before it are cancelled."""
+    ids: dict[str, str] = {}
+    try:
+        for job, path, before in zip(jobs, paths, itertools.chain([None], jobs), strict=False):
+            ids[job.stage] = commands.submit(path, ids[before.stage] if before else None, bool(job.elements))
+    except UserError:
+        commands.cancel(list(ids.values()))
+        raise
+    return ids

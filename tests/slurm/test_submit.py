@@ -1,0 +1,264 @@
+"""What `lmworks submit` writes and refuses, without a cluster: golden scripts, quoting, the chain, arrays."""
+
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from slurm import frozen, ledger
+from slurm.grid import elements
+from slurm.script import StageJob, render
+from slurm.site import Container, Site, load_site
+from slurm.submit import plan
+from tests.slurm.drill import CASES
+from trainer.__main__ import main
+from trainer.engine.launch import release_signals, stop_requested, watch_signals
+from trainer.errors import UserError
+from trainer.recipe_file import load_recipe
+from trainer.slurm_config import Job, Slurm
+
+ROOT = Path(__file__).parents[2]
+DRILL = ROOT / "tests" / "benchmarks" / "results" / "slurm_drill.json"
+GOLDEN = Path(__file__).parent / "golden"
+SITES = ("plain", "venv", "pyxis", "apptainer")
+
+
+def stage_job(**changes) -> StageJob:
+    job = StageJob(
+        name="bert-pretrain",
+        stage="pretrain",
+        job=Job(nodes=4, min_nodes=2, memory_gib=200),
+        slurm=Slurm(),
+        gpus_per_node=0,
+        workdir=Path("/home/ada/project"),
+        folder=Path("/home/ada/project/runs/bert/slurm"),
+        code=Path("/home/ada/project/runs/bert/slurm/code-0123456789ab"),
+        python="/home/ada/venv/bin/python",
+    )
+    return dataclasses.replace(job, **changes)
+
+
+HOSTILE = """it's "$(touch pwned)" `touch pwned` # %j; touch pwned &"""
+HOSTILE_SITE = Site(
+    account=HOSTILE,
+    partition=HOSTILE,
+    container=Container(kind="apptainer", image=HOSTILE, mounts=(HOSTILE,)),
+    network_interface=HOSTILE,
+    environment={"NCCL_DEBUG": HOSTILE},
+)
+
+
+def hostile_job(root: Path, **changes) -> StageJob:
+    folder = root / HOSTILE.replace("/", "") / "slurm"
+    return stage_job(name=HOSTILE, workdir=root, folder=folder, code=folder / "code", **changes)
+
+
+def scripts() -> dict[str, str]:
+    written = {name: render(stage_job(gpus_per_node=load_site(name).gpus_per_node), load_site(name)) for name in SITES}
+    report = stage_job(name="bert-report", stage="report", job=Job())
+    return written | {
+        "report": render(report, load_site("venv")),
+        "array": render(stage_job(elements=6), load_site("plain")),
+        "hostile": render(hostile_job(Path("/home/ada")), HOSTILE_SITE),
+    }
+
+
+@pytest.mark.parametrize("name", [*SITES, "report", "array", "hostile"])
+def test_golden_scripts(name, request):
+    text, path = scripts()[name], GOLDEN / f"{name}.sbatch"
+    if request.config.getoption("--write-golden"):
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text)
+    assert text == path.read_text(), "run pytest --write-golden if this is meant, and read the difference"
+
+
+@pytest.mark.parametrize("name", [*SITES, "report", "array"])  # of the hostile one it asks whether that was meant
+def test_shellcheck_finds_nothing(name, tmp_path):
+    if not shutil.which("shellcheck"):
+        pytest.skip("no shellcheck: apt-get install shellcheck")
+    (tmp_path / "script").write_text(scripts()[name])
+    done = subprocess.run(["shellcheck", tmp_path / "script"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+def test_hostile_names_reach_the_programs_as_they_are(tmp_path):
+    """The values of a script, run by bash up to where the common part begins."""
+    head = render(hostile_job(tmp_path), HOSTILE_SITE).split("# ---- from here on")[0]
+    show = 'printf "%s\\0" "$recipe" "$NCCL_SOCKET_IFNAME" "$NCCL_DEBUG" "${container[@]}"'
+    done = subprocess.run(["bash", "-c", head + show], cwd=tmp_path, capture_output=True, text=True, check=True)
+    recipe, interface, debug, *container = done.stdout.split("\0")[:-1]
+    assert recipe == str(tmp_path / HOSTILE / "slurm" / "recipe.yaml")
+    assert interface == debug == HOSTILE
+    assert container == [
+        "apptainer", "exec", "--bind", str(tmp_path), "--bind", str(tmp_path / HOSTILE), "--bind", HOSTILE,
+        "--pwd", str(tmp_path), HOSTILE,
+    ]  # fmt: skip
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("value", ["a\nb", "a\\b", ""])
+def test_what_cannot_be_quoted_is_refused(value):
+    with pytest.raises(ValueError, match="account"):
+        Site(account=value)
+
+
+def test_a_site_file_is_read_as_strictly_as_a_recipe(tmp_path):
+    site = tmp_path / "site.yaml"
+    site.write_text("acount: me\ngpus_per_node: many\ncontainer: {kind: pyxis}\n")
+    with pytest.raises(UserError) as error:
+        load_site(str(site))
+    lines = str(error.value).splitlines()
+    assert lines[0] == f"3 problems in site file {site}:"
+    assert f"{site}:1: acount: unknown key; did you mean 'account'?" in lines[1]
+    assert f"{site}:2: gpus_per_node" in lines[2] and "need an image" in lines[3]
+
+
+def test_a_chain_asks_for_gpus_where_it_trains():
+    jobs = plan(load_recipe("quickstart"), [], Site(gpus_per_node=1), 0)
+    assert [(job.stage, job.gpus_per_node) for job in jobs] == [
+        ("prepare", 0), ("pretrain", 1), ("distill", 1), ("export", 0), ("bench", 1), ("report", 0)
+    ]  # fmt: skip
+    assert [job.stage for job in plan(load_recipe("quickstart"), ["report", "prepare"], Site(), 0)] == [
+        "prepare", "report"
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["pretran"], "no stage 'pretran'"),
+        (["slurm.pretrain.nodes=2"], "global_batch_size 32 on 2 x 1 ranks of micro_batch_size 32"),
+        (["slurm.pretrain.min_nodes=2"], "min_nodes 2 is more than nodes 1"),
+        (["slurm.prepare.nodes=2"], "prepare runs as one process"),
+        (["--array", "seed"], "key=value,value"),
+        (["--array", "seed=one,2"], "does not hold"),
+        (["--site", "nowhere"], "no site 'nowhere'"),
+    ],
+)
+def test_mistakes_are_one_message(words, said, capsys):
+    assert main(["submit", "quickstart", "--dry-run", *words]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_every_number_of_nodes_that_the_job_may_get_must_divide_the_batch():
+    words = ["pretrain.micro_batch_size=8", "slurm.pretrain.nodes=4", "slurm.pretrain.min_nodes=2"]
+    with pytest.raises(UserError, match="on 3 x 1 ranks"):
+        plan(load_recipe("quickstart", words), ["pretrain"], Site(), 0)
+
+
+def test_dry_run_prints_scripts_and_writes_nothing(tmp_path, capsys):
+    words = ["prepare", "--site", "venv", f"run_dir={tmp_path}/run", "report", "--dry-run"]
+    assert main(["submit", "quickstart", *words]) == 0
+    said = capsys.readouterr().out
+    assert [line for line in said.splitlines() if line.startswith("# ====")] == [
+        "# ==== prepare.sbatch", "# ==== report.sbatch"
+    ]  # fmt: skip
+    assert "#SBATCH --partition=cpu" in said and "--gres" not in said
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_readme_s_five_commands_hold(tmp_path, monkeypatch, capsys):
+    commands = ROOT.joinpath("README.md").read_text().split("## On SLURM")[1].split("```")[1].strip().splitlines()
+    assert len(commands) == 5
+    copy, submit = commands[2].split(), commands[3].split()
+    shutil.copy(ROOT / copy[1], tmp_path / copy[2])
+    monkeypatch.chdir(tmp_path)
+    assert submit[0] == "lmworks" and main([*submit[1:], "--dry-run"]) == 0
+    assert "#SBATCH --nodes=2" in capsys.readouterr().out
+
+
+def test_a_save_that_took_longer_than_the_notice_is_said_at_the_next_submission(tmp_path, monkeypatch, capsys):
+    (tmp_path / "run" / "slurm").mkdir(parents=True)
+    (tmp_path / "run" / "slurm" / "pretrain.last_stop_s").write_text("121\n")
+    (tmp_path / "run" / "slurm" / "prepare.last_stop_s").write_text("119\n")
+    (tmp_path / "run" / "slurm" / "distill.stopping").write_text("1790000000\n")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert main(["submit", "quickstart", f"run_dir={tmp_path}/run"]) == 2
+    warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning")]
+    assert warnings == [
+        "warning: pretrain took 121 s to save at its last stop; slurm.notice_s is 120",
+        "warning: distill was ended while it saved at its last stop; slurm.notice_s is 120",
+    ]
+
+
+def test_without_slurm_it_says_so(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert main(["submit", "quickstart", f"run_dir={tmp_path}/run"]) == 2
+    assert "no sbatch here" in capsys.readouterr().err
+    assert main(["status", str(tmp_path)]) == 2
+    assert main(["cancel", str(tmp_path)]) == 2
+    assert "nothing was submitted" in capsys.readouterr().err
+
+
+def test_an_array_is_the_product_of_its_axes():
+    recipe = load_recipe("quickstart")
+    cells = elements(recipe, ["seed=0,1", "pretrain.optim.learning_rate=1e-3,3e-4"])
+    assert [cell.name for cell in cells][2] == "seed=1 pretrain.optim.learning_rate=1e-3"
+    assert [(cell.recipe.seed, cell.recipe.pretrain.optim.learning_rate) for cell in cells] == [
+        (0, 1e-3), (0, 3e-4), (1, 1e-3), (1, 3e-4)
+    ]  # fmt: skip
+    assert elements(recipe, ["slurm.max_restarts=1"])[0].recipe.slurm.max_restarts == 1
+    assert cells[3].recipe.run_dir == Path("runs/quickstart/array/3")
+
+
+@pytest.mark.parametrize(
+    ("verb", "recipe", "code"), [("prepare", "no-such-recipe", "2"), ("prepar", "quickstart", "70")]
+)
+def test_a_rank_leaves_its_code_where_the_script_finds_it(tmp_path, verb, recipe, code):
+    command = [sys.executable, "-m", "slurm.rank", str(tmp_path), verb, recipe]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"RANK": "3"}, capture_output=True, text=True)
+    assert (tmp_path / "3").read_text() == f"{code}\n", done.stderr
+    assert done.returncode != 0
+
+
+def test_a_signal_that_was_ignored_is_ignored_again_when_training_is_over():
+    before = signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    try:
+        watch_signals()
+        watch_signals()  # a second stage in this process
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert stop_requested()
+        release_signals()
+        assert signal.getsignal(signal.SIGUSR1) == signal.SIG_IGN
+        assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+
+
+def test_the_frozen_code_runs_without_the_checkout(tmp_path):
+    code = tmp_path / frozen.code_name()
+    frozen.freeze(tmp_path, {"recipe.yaml": "seed: 1\n"}, code)
+    frozen.freeze(tmp_path, {"recipe.yaml": "seed: 2\n"}, code)
+    where = "import trainer, slurm.rank, export; print(trainer.__file__, slurm.rank.__file__)"
+    done = subprocess.run(
+        [sys.executable, "-c", where], cwd=tmp_path, env={"PYTHONPATH": str(code)}, capture_output=True, text=True
+    )
+    assert done.stdout.count(str(code)) == 2, done.stderr
+    again = [sys.executable, "-m", "trainer", "submit", "quickstart", "--dry-run"]
+    done = subprocess.run(again, cwd=tmp_path, env={"PYTHONPATH": str(code)}, capture_output=True, text=True)
+    assert done.stdout.count("# ====") == 6 and frozen.code_name() in done.stdout
+    assert (tmp_path / "recipe.yaml").read_text() == "seed: 2\n"
+    assert "torch" in json.loads((tmp_path / "environment.json").read_text())["installed"]
+
+
+def test_the_ledger_keeps_what_was_submitted(tmp_path):
+    kept = ledger.Ledger(tmp_path, {"pretrain": "12"})
+    kept.write()
+    assert ledger.Ledger.read(tmp_path) == kept
+    for name in ("run-pretrain-12.log", "run-pretrain-112.log", "run-pretrain-12_0.log", "run-pretrain-120_1.log"):
+        (tmp_path / name).touch()
+    assert [path.name for path in kept.logs("pretrain")] == ["run-pretrain-12.log", "run-pretrain-12_0.log"]
+
+
+def test_the_committed_drill_has_every_case_and_every_model_is_the_unbroken_one():
+    rows = {row["case"]: row for row in json.loads(DRILL.read_text())["cases"]}
+    assert set(rows) == {*CASES, "whole chain"}
+    assert {row["ended"] for row in rows.values()} == {"COMPLETED"}
+    exact = [name for name in rows if name == "whole chain" or CASES[name].exact]
+    assert {rows[name]["parameters"] for name in exact} == {"equal"}
