@@ -8,6 +8,7 @@ from typing import Any
 
 from rich.console import Console
 
+from export.cache import cache_cases
 from export.cases import Documents, load_documents, make_cases
 from export.io_spec import read_spec
 from export.parity import check_parity
@@ -49,6 +50,8 @@ def export_model(recipe: Recipe, settings: Export, name: str, folder: Path, docu
     threads = usable_threads()
     cases = make_cases(documents, spec, settings.parity.shapes, settings.parity.max_length, recipe.seed)
     source = open_torch(folder, threads)
+    if spec.cache is not None:
+        cases += cache_cases(documents, spec, source, settings.parity.max_length, recipe.seed)
     expected = [source.run(case.inputs) for case in cases]
     target = recipe.stage_dir("export") / name
     evidence = []

@@ -55,8 +55,8 @@ class TorchRunner:
         import torch
 
         with torch.inference_mode():
-            value = self.call(*(torch.from_numpy(inputs[name]) for name in self.input_names))
-        return {self.output_names[0]: value.numpy()}
+            values = self.call(*(torch.from_numpy(inputs[name]) for name in self.input_names))
+        return {name: value.numpy() for name, value in zip(self.output_names, values, strict=True)}
 
 
 def open_runner(folder: Path, backend: Backend, threads: int) -> Runner:

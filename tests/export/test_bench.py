@@ -167,8 +167,8 @@ def test_percentiles_need_calls_beyond_them(calls, p90_ms, p99_ms):
 
 
 def test_lengths_beyond_the_models_are_refused(model_folder, tmp_path):
-    recipe = make_recipe(tmp_path, model_folder("bert"), sequence_lengths=[64])
-    with pytest.raises(UserError, match="at most 48, what m takes"):
+    recipe = make_recipe(tmp_path, model_folder("bert"), sequence_lengths=[80])
+    with pytest.raises(UserError, match="at most 72, what m takes"):
         stage.prepare_subject(recipe, recipe.bench, "m", model_folder("bert"), tmp_path)
 
 

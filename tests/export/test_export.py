@@ -38,9 +38,12 @@ def test_every_architecture_passes_the_gate_and_is_described(name, model_folder,
     assert [entry["what"] for entry in record["evidence"]] == ["parity_fp32", "parity_int8"]
     for entry in record["evidence"]:
         assert entry["sha256"] == hash_file(target / entry["file"])
-        assert entry["metrics"]["cases"] == len(entry["cases"]) >= 5
+        assert entry["metrics"]["cases"] == len({case["case"] for case in entry["cases"]}) >= 5
         assert 0 < entry["metrics"]["relative_rms"] < entry["thresholds"]["relative_rms"]
-    assert [case["case"] for case in record["evidence"][0]["cases"]][-1] == f"1x{MAX_LENGTH}"
+    tried = {case["case"] for case in record["evidence"][0]["cases"]}
+    assert f"1x{MAX_LENGTH}" in tried
+    if read_spec(folder).cache:  # a past of all but one token, and as many steps as fit after the prompt
+        assert {f"1x1 after {MAX_LENGTH - 1}", "3x5 and 64 steps", "7x1 after 16 padded left"} <= tried
     raw = onnx.load(target / "model.onnx")
     assert {node.domain for node in raw.graph.node} == {""}
     assert [value.name for value in raw.graph.input] == [port.name for port in read_spec(folder).inputs]
