@@ -27,14 +27,14 @@ from export.bench_inputs import METRICS, quality_batches, speed_arrays
 from export.bench_worker import Job
 from export.cases import load_documents
 from export.io_spec import IoSpec, read_spec
-from export.runners import ONNX_FILES, usable_threads
+from export.runners import usable_threads
 from export.windows import MIN_CPU_SHARE, Settings
 from trainer.__main__ import stage_main
 from trainer.artifact import ARTIFACT_FILE, content_hash, hash_file, read_artifact, versions, write_json
 from trainer.config import Recipe
 from trainer.environment import launch_command
 from trainer.errors import GateFailed, UserError
-from trainer.export_config import Backend, Bench
+from trainer.export_config import ONNX_FILES, Backend, Bench
 from trainer.recipe_file import require_section
 
 _COLUMNS = (  # heading, key of a row, format

@@ -69,7 +69,8 @@ class Traceable(torch.nn.Module):
             return (self.model(**arguments).logits,)
         past = _past_of(arguments, self.cache)
         logits = self.model(**arguments, past_key_values=past, use_cache=True).logits
-        return (logits, *(tensor for layer in past.layers for tensor in (layer.keys, layer.values)))
+        layers: Any = past.layers
+        return (logits, *(tensor for layer in layers for tensor in (layer.keys, layer.values)))
 
 
 def _past_of(arguments: dict[str, Any], layout: CacheLayout) -> DynamicCache:
@@ -81,7 +82,7 @@ def _past_of(arguments: dict[str, Any], layout: CacheLayout) -> DynamicCache:
     past = DynamicCache()
     names = iter(layout.past_names)
     for key_name, value_name in zip(names, names, strict=True):
-        layer = DynamicLayer()
+        layer: Any = DynamicLayer()
         layer.keys, layer.values = arguments.pop(key_name), arguments.pop(value_name)
         layer.dtype, layer.device, layer.is_initialized = layer.keys.dtype, layer.keys.device, True
         past.layers.append(layer)
@@ -110,8 +111,7 @@ def export_graph(model: torch.nn.Module, spec: IoSpec, path: Path, opset: int) -
         )
     assert program is not None
     program.save(str(path), external_data=False)
-    if spec.cache is not None:
-        _name_axes(path, spec)
+    _tidy(path, spec)
     onnx.checker.check_model(str(path), full_check=True)
 
 
@@ -128,14 +128,21 @@ def _dynamic_shapes(spec: IoSpec) -> tuple[dict[int, Any], ...]:
     )
 
 
-def _name_axes(path: Path, spec: IoSpec) -> None:
-    """Give the dynamic axes that torch named after symbols of its own the spec's names; fixed ones stay fixed."""
+def _tidy(path: Path, spec: IoSpec) -> None:
+    """Give the dynamic axes that torch named after symbols of its own the spec's names; fixed ones stay fixed.
+
+    Stack traces, which the exporter leaves at every node, go: they hold paths of this machine.
+    """
     model = onnx.load(path)
     ports = {port.name: port for port in (*spec.inputs, *spec.outputs)}
     for value in (*model.graph.input, *model.graph.output):
         for dim, axis in zip(value.type.tensor_type.shape.dim, ports[value.name].axes, strict=True):
             if dim.dim_param and isinstance(axis, str):
                 dim.dim_param = axis
+    for node in model.graph.node:
+        kept = [entry for entry in node.metadata_props if entry.key != "pkg.torch.onnx.stack_trace"]
+        del node.metadata_props[:]
+        node.metadata_props.extend(kept)
     onnx.save(model, path)
 
 

@@ -87,7 +87,7 @@ def measure_head(head: str, root: Path, rounds: int) -> dict[str, Any]:
     documents = stdlib_documents(folders["teacher"])
     variants, parity = [], {}
     for name, folder in folders.items():
-        target = export_model(Recipe(run_dir=root), Export(parity=LOOSE), name, folder, documents)
+        target = export_model(Recipe(run_dir=root), Export(parity=LOOSE, quality=None), name, folder, documents)
         parity |= {(name, proof["what"]): proof["metrics"] for proof in read_artifact(target)["evidence"]}
         variants.append(Variant(name, "eager", folder))
         variants += [Variant(name, "onnx_fp32", target), Variant(name, "onnx_int8", target)]
