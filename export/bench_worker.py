@@ -102,13 +102,14 @@ def _tail_ms(calls_s: np.ndarray, percentile: int) -> float | None:
 def check_compiled(compiled: Runner, eager: Runner, cells: list[Inputs]) -> None:
     """Raise UserError if torch.compile changed the model's results on any measured batch."""
     for inputs in cells:
-        actual, source = compiled.run(inputs)["logits"], eager.run(inputs)["logits"]
-        error = float(np.sqrt(np.square(actual - source).mean() / np.square(source).mean()))
-        if not error <= _COMPILED_RELATIVE_RMS:
-            raise UserError(
-                f"compiled outputs differ from eager ones by relative_rms {error:.2g} at {source.shape}",
-                f"at most {_COMPILED_RELATIVE_RMS:g}",
-            )
+        actual = compiled.run(inputs)
+        for name, source in eager.run(inputs).items():
+            error = float(np.sqrt(np.square(actual[name] - source).mean() / np.square(source).mean()))
+            if not error <= _COMPILED_RELATIVE_RMS:
+                raise UserError(
+                    f"compiled {name} differs from the eager one by relative_rms {error:.2g} at {source.shape}",
+                    f"at most {_COMPILED_RELATIVE_RMS:g}",
+                )
 
 
 def reset_peak_memory() -> None:

@@ -20,9 +20,11 @@ from trainer.export_config import ONNX_FILES
 _TEMPLATES = Path(__file__).parent / "templates"
 MARK = "<!-- Written by `lmworks report` from this folder's evidence. Remove this line to keep your own edits. -->"
 _PIPELINES = {"ForMaskedLM": "fill-mask", "LMHeadModel": "text-generation", "ForCausalLM": "text-generation",
-              "ForSequenceClassification": "text-classification"}  # fmt: skip
+              "ForSequenceClassification": "text-classification", "ForTokenClassification": "token-classification",
+              "ForQuestionAnswering": "question-answering", "Model": "feature-extraction"}  # fmt: skip
 _TASK_NAMES = {"fill-mask": "Masked language modelling", "text-generation": "Causal language modelling",
-               "text-classification": "Text classification"}  # fmt: skip
+               "text-classification": "Text classification", "token-classification": "Token classification",
+               "question-answering": "Question answering", "feature-extraction": "Feature extraction"}  # fmt: skip
 # evidence name -> metric type as Hugging Face lists it; others are shown in the text only
 _METRIC_TYPES = {"loss": "loss", "perplexity": "perplexity", "accuracy": "accuracy", "masked_accuracy": "accuracy",
                  "bits_per_byte": "bits_per_byte"}  # fmt: skip

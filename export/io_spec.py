@@ -20,23 +20,21 @@ BATCH = "batch_size"
 SEQUENCE = "sequence_length"
 PAST = "past_sequence_length"
 TOTAL = f"{PAST} + {SEQUENCE}"
-Task = Literal["masked_lm", "causal_lm", "classification"]
+Task = Literal[
+    "masked_lm", "causal_lm", "classification", "token_classification", "question_answering", "feature_extraction"
+]
 
-TASKS: dict[str, Task] = {
-    "BertForMaskedLM": "masked_lm",
-    "DistilBertForMaskedLM": "masked_lm",
-    "RobertaForMaskedLM": "masked_lm",
-    "ModernBertForMaskedLM": "masked_lm",
-    "GPT2LMHeadModel": "causal_lm",
-    "LlamaForCausalLM": "causal_lm",
-    "MistralForCausalLM": "causal_lm",
-    "Qwen2ForCausalLM": "causal_lm",
-    "Qwen3ForCausalLM": "causal_lm",
-    "BertForSequenceClassification": "classification",
-    "DistilBertForSequenceClassification": "classification",
-    "RobertaForSequenceClassification": "classification",
-    "ModernBertForSequenceClassification": "classification",
+_ENCODERS = ("Bert", "DistilBert", "Roberta", "ModernBert")
+_HEADS: dict[str, Task] = {
+    "ForMaskedLM": "masked_lm",
+    "ForSequenceClassification": "classification",
+    "ForTokenClassification": "token_classification",
+    "ForQuestionAnswering": "question_answering",
+    "Model": "feature_extraction",
 }
+_DECODERS = ("GPT2LMHeadModel", "LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+TASKS: dict[str, Task] = {f"{encoder}{head}": task for encoder in _ENCODERS for head, task in _HEADS.items()}
+TASKS |= dict.fromkeys(_DECODERS, "causal_lm")
 _TOKEN_TYPES = ("bert",)
 
 
@@ -154,8 +152,7 @@ def spec_of(config: Any) -> IoSpec:
         )
     task = TASKS[architecture]
     cache = _cache_layout(config) if task == "causal_lm" else None
-    logits_axes = (BATCH, config.num_labels) if task == "classification" else (BATCH, SEQUENCE, config.vocab_size)
-    outputs = (Port("logits", "float32", logits_axes),)
+    outputs = _outputs(task, config)
     return IoSpec(
         architecture=architecture,
         model_type=config.model_type,
@@ -168,6 +165,21 @@ def spec_of(config: Any) -> IoSpec:
         pad_id=config.pad_token_id or 0,
         cache=cache,
     )
+
+
+def _outputs(task: Task, config: Any) -> tuple[Port, ...]:
+    """The outputs other than the cache, in optimum's names. Those called logits have scores that compete in their last
+    axis."""
+    axes: dict[str, tuple[str | int, ...]] = {"logits": (BATCH, SEQUENCE, config.vocab_size)}
+    if task == "classification":
+        axes = {"logits": (BATCH, config.num_labels)}
+    elif task == "token_classification":
+        axes = {"logits": (BATCH, SEQUENCE, config.num_labels)}
+    elif task == "question_answering":
+        axes = {"start_logits": (BATCH, SEQUENCE), "end_logits": (BATCH, SEQUENCE)}
+    elif task == "feature_extraction":
+        axes = {"last_hidden_state": (BATCH, SEQUENCE, config.hidden_size)}
+    return tuple(Port(name, "float32", its) for name, its in axes.items())
 
 
 def _token_ports(model_type: str, cached: bool) -> tuple[Port, ...]:

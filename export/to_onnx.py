@@ -12,7 +12,14 @@ from typing import Any
 import numpy as np
 import onnx
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSequenceClassification
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
 from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
@@ -24,6 +31,9 @@ _LOADERS: dict[str, Any] = {
     "masked_lm": AutoModelForMaskedLM,
     "causal_lm": AutoModelForCausalLM,
     "classification": AutoModelForSequenceClassification,
+    "token_classification": AutoModelForTokenClassification,
+    "question_answering": AutoModelForQuestionAnswering,
+    "feature_extraction": AutoModel,
 }
 # protobuf refuses messages of 2 GiB; the rest is room for the graph itself.
 _MAX_WEIGHT_BYTES = 2**31 - 2**26
@@ -57,6 +67,7 @@ class Traceable(torch.nn.Module):
         self.model = model
         self.cache = spec.cache
         self.names = [port.name for port in spec.inputs]
+        self.outputs = [port.name for port in spec.outputs]
         # ORT's fused rotary embedding works for more than one row only if positions have a batch axis.
         self.makes_positions = spec.model_type == "modernbert"
 
@@ -66,7 +77,8 @@ class Traceable(torch.nn.Module):
             batch, length = inputs[0].shape
             arguments["position_ids"] = torch.arange(length)[None].expand(batch, -1)
         if self.cache is None:
-            return (self.model(**arguments).logits,)
+            made = self.model(**arguments)
+            return tuple(getattr(made, name) for name in self.outputs)
         past = _past_of(arguments, self.cache)
         logits = self.model(**arguments, past_key_values=past, use_cache=True).logits
         layers: Any = past.layers

@@ -52,6 +52,15 @@ CONFIGS = {
     "qwen2": (hf.Qwen2ForCausalLM, lambda: hf.Qwen2Config(**_LLAMA, **_without(_IDS, "pad_token_id"))),
     "qwen3": (hf.Qwen3ForCausalLM, lambda: hf.Qwen3Config(**_LLAMA, **_without(_IDS, "pad_token_id"), head_dim=16)),
     "bert_classifier": (hf.BertForSequenceClassification, lambda: hf.BertConfig(num_labels=3, **_BERT)),
+    "bert_features": (hf.BertModel, lambda: hf.BertConfig(**_BERT)),
+    "roberta_tokens": (
+        hf.RobertaForTokenClassification,
+        lambda: hf.RobertaConfig(**{**_BERT, "max_position_embeddings": MAX_LENGTH + 1}, num_labels=5),
+    ),
+    "distilbert_answers": (
+        hf.DistilBertForQuestionAnswering,
+        lambda: hf.DistilBertConfig(max_position_embeddings=MAX_LENGTH, **_DISTIL),
+    ),
 }
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from transformers import AutoConfig, AutoTokenizer, BertConfig, BertModel
+from transformers import AutoConfig, AutoTokenizer, BertConfig, BertForMultipleChoice
 
 from export import export as stage
 from export.cases import load_documents
@@ -175,12 +175,11 @@ def test_a_model_with_another_vocabulary_gets_the_validation_text_in_its_own_tok
 
 
 def test_refusals(tmp_path, model_folder, documents):
-    BertModel(BertConfig(hidden_size=8, num_attention_heads=1, num_hidden_layers=1, vocab_size=9)).save_pretrained(
-        tmp_path / "bare"
-    )
+    small = BertConfig(hidden_size=8, num_attention_heads=1, num_hidden_layers=1, vocab_size=9)
+    BertForMultipleChoice(small).save_pretrained(tmp_path / "bare")
     bert = str(model_folder("bert"))
     cases = [
-        ({"models": {"m": str(tmp_path / "bare")}}, "architecture BertModel .*\n.*BertForMaskedLM"),
+        ({"models": {"m": str(tmp_path / "bare")}}, "architecture BertForMultipleChoice .*\n.*BertForMaskedLM"),
         ({"models": {"m": str(tmp_path / "nothing")}}, "holds no config.json"),
         ({}, "there is no model to export"),
         ({"models": {"m": bert}, "variants": ["int4"]}, r"int4 of m, a BertForMaskedLM"),

@@ -188,6 +188,33 @@ def test_a_wrong_graph_is_caught(bert, edit):
         bert.check(edit)
 
 
+def test_answers_are_ranked_among_the_tokens_of_their_row(model_folder, raw_graph, documents, tmp_path):
+    """A start that is moved by one token is caught by its rank alone, and padding never wins."""
+    folder = model_folder("distilbert_answers")
+    bench = Bench(folder, raw_graph("distilbert_answers"), documents, tmp_path)
+    ranks = FP32.model_copy(update={"max_abs": None, "relative_rms": None})
+    rows = sum(len(case.mask_BT) for case in bench.cases)
+    assert bench.check(tolerance=ranks)["metrics"]["positions"] == 2 * rows
+
+    def favour_the_second(graph):
+        """Adds to each token's start the number of its place, which moves the highest."""
+        graph.initializer.append(numpy_helper.from_array(np.arange(72, dtype=np.float32)[None], "places"))
+        for name, value in (("from", 0), ("one", 1), ("two", 2)):
+            graph.initializer.append(numpy_helper.from_array(np.array([value], dtype=np.int64), name))
+        last = next(node for node in graph.node if "start_logits" in node.output)
+        last.output[list(last.output).index("start_logits")] = "inner"
+        for kind, inputs, output in (
+            ("Shape", ["input_ids"], "sizes"),
+            ("Slice", ["sizes", "one", "two", "from"], "length"),
+            ("Slice", ["places", "from", "length", "one"], "used"),
+            ("Add", ["inner", "used"], "start_logits"),
+        ):
+            graph.node.append(onnx.helper.make_node(kind, inputs, [output]))
+
+    with pytest.raises(GateFailed, match=r"highest logit agrees at .*, output start_logits"):
+        bench.check(favour_the_second, tolerance=ranks)
+
+
 def test_wrong_weights_of_causal_models_are_caught(gpt2):
     with pytest.raises(GateFailed, match=WHERE):
         gpt2.check(lambda g: change(g, "wpe.weight", lambda v: np.roll(v, 1, axis=0)))

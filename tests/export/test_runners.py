@@ -12,6 +12,12 @@ from export.to_onnx import replace_conv1d
 from tests.export.conftest import CONFIGS, MAX_LENGTH, build_model
 from trainer.errors import UserError
 
+HEADS = {
+    "bert_classifier": {"logits": ("batch_size", 3)},
+    "bert_features": {"last_hidden_state": ("batch_size", "sequence_length", 32)},
+    "roberta_tokens": {"logits": ("batch_size", "sequence_length", 5)},
+    "distilbert_answers": {name: ("batch_size", "sequence_length") for name in ("start_logits", "end_logits")},
+}
 # Layers, heads of keys and values, and their size, as the configs of these tiny models have them.
 CACHES = {"gpt2": (2, 4, 8), "llama": (2, 2, 8), "mistral": (2, 2, 8), "qwen2": (2, 2, 8), "qwen3": (2, 2, 16)}
 
@@ -28,8 +34,7 @@ def test_spec_follows_optimums_names(name, model_folder):
     spec = read_spec(model_folder(name))
     length = "past_sequence_length + sequence_length" if name in CACHES else "sequence_length"
     inputs = {"input_ids": ("batch_size", "sequence_length"), "attention_mask": ("batch_size", length)}
-    classes = ("batch_size", 3) if name == "bert_classifier" else ("batch_size", "sequence_length", 300)
-    outputs = {"logits": classes}
+    outputs = dict(HEADS.get(name, {"logits": ("batch_size", "sequence_length", 300)}))
     if spec.model_type == "bert":
         inputs["token_type_ids"] = ("batch_size", "sequence_length")
     if name in CACHES:
@@ -46,8 +51,8 @@ def test_spec_follows_optimums_names(name, model_folder):
 
 def test_spec_refuses_what_it_does_not_know():
     config = build_model("bert").config
-    config.architectures = ["BertForTokenClassification"]
-    with pytest.raises(UserError, match=r"(?s)BertForTokenClassification .*one of BertForMaskedLM, .*LlamaForCausalLM"):
+    config.architectures = ["BertForMultipleChoice"]
+    with pytest.raises(UserError, match=r"(?s)BertForMultipleChoice .*one of BertForMaskedLM, .*LlamaForCausalLM"):
         spec_of(config)
 
 

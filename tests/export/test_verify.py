@@ -32,7 +32,9 @@ def scale_weight(path, target, part, factor=1.01):
     return [node.name for node in model.graph.node if weight.name in node.input]
 
 
-@pytest.mark.parametrize("part", ["layer.0.output.LayerNorm.weight", "layer.1.attention.self.query.bias", "position_embeddings"])
+@pytest.mark.parametrize(
+    "part", ["layer.0.output.LayerNorm.weight", "layer.1.attention.self.query.bias", "position_embeddings"]
+)
 def test_the_node_that_reads_a_changed_weight_is_named(bert, part, tmp_path):
     raw, inputs = bert
     readers = scale_weight(raw, tmp_path / "faulty.onnx", part)
