@@ -13,6 +13,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from ruamel.yaml import YAML
 
+from export.files import size_mib
 from export.results import STAGES, Results, Row, is_verified
 from trainer.artifact import write_text
 from trainer.export_config import ONNX_FILES
@@ -189,7 +190,7 @@ def _exports(found: Results, name: str) -> list[Row]:
         if (name, backend) in found.verified:
             proof = next((entry for entry in record["evidence"] if entry.get("file") == file), {})
             rows.append({"file": file, "precision": backend.removeprefix("onnx_"),
-                         "passed": found.verified[name, backend], "mib": path.stat().st_size / 2**20,
+                         "passed": found.verified[name, backend], "mib": size_mib(path),
                          "metrics": proof.get("metrics", {})})  # fmt: skip
     return rows
 

@@ -9,6 +9,7 @@ from typing import Any
 from rich.console import Console
 
 from export.cases import Documents, load_documents
+from export.files import data_file, size_mib
 from export.gates import Gates
 from export.io_spec import read_spec
 from export.runners import open_onnx, usable_threads
@@ -61,6 +62,7 @@ def export_model(recipe: Recipe, settings: Export, name: str, folder: Path, docu
             _tell(what, file, passed)
         if "fp32" not in settings.variants:
             raw.unlink()
+            data_file(raw).unlink(missing_ok=True)
         copy_companions(folder, partial)
         write_artifact(
             partial,
@@ -91,7 +93,7 @@ def copy_companions(source: Path, target: Path) -> None:
 def _tell(what: str, file: Path, evidence: list[dict[str, Any]]) -> None:
     parity = evidence[0]["metrics"]
     said = (
-        f"{what}: {file.stat().st_size / 2**20:.1f} MiB; parity holds in {parity['cases']} cases: max_abs "
+        f"{what}: {size_mib(file):.1f} MiB; parity holds in {parity['cases']} cases: max_abs "
         f"{parity['max_abs']:.2g}, relative_rms {parity['relative_rms']:.2g}, top-1 {parity['top1']:.2%}"
     )
     for proof in evidence[1:]:

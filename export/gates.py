@@ -8,13 +8,13 @@ from typing import Any
 from export.bench_inputs import METRICS, quality_batches
 from export.cache import cache_cases
 from export.cases import Documents, make_cases
+from export.files import hashes
 from export.io_spec import IoSpec
 from export.parity import check_parity
 from export.precision import check_overflow
 from export.runners import OnnxRunner, open_torch, usable_threads
 from export.scores import score
 from export.task_gate import check_quality
-from trainer.artifact import hash_file
 from trainer.environment import launch_command
 from trainer.export_config import Export, Precision, Quality
 
@@ -50,5 +50,5 @@ class Gates:
             assert self.settings.quality is not None
             scores = score(candidate, self.batches, self.metric)
             found["quality"] = check_quality(what, self.quality, scores, self.settings.quality.share)
-        head = {"file": file.name, "sha256": hash_file(file), "command": launch_command()}
+        head = {**hashes(file), "command": launch_command()}
         return [{"what": f"{gate}_{variant}", **head, **passed} for gate, passed in found.items()]

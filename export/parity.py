@@ -18,7 +18,6 @@ from export.runners import Arrays, OnnxRunner
 from trainer.errors import GateFailed
 from trainer.export_config import Tolerance
 
-
 # Scores that differ by less, relative to the highest, are equal: some ten times fp32's rounding in these models.
 _TIE = 1e-5
 
@@ -139,7 +138,9 @@ def compare(what: str, case: Case, port: Port, source: np.ndarray, actual: np.nd
         raise GateFailed(f"{what}: case {case.name}, output {port.name}, position {where}: {actual_NV[row, column]}")
     difference_NV = np.abs(actual_NV - source_NV)
     row, column = map(int, np.unravel_index(int(difference_NV.argmax()), difference_NV.shape))
-    agreeing, positions = _agreement(case, port, source, actual)
+    if port.axes == (BATCH, SEQUENCE):  # the tokens of a row compete
+        source_NV, actual_NV = (np.where(case.mask_BT, value, -np.inf) for value in (source, actual))
+    agreeing, positions = _agreement(source_NV, actual_NV) if port.name.endswith("logits") else (0, 0)
     return Difference(
         case=case.name,
         output=port.name,
@@ -152,17 +153,11 @@ def compare(what: str, case: Case, port: Port, source: np.ndarray, actual: np.nd
     )
 
 
-def _agreement(case: Case, port: Port, source: np.ndarray, actual: np.ndarray) -> tuple[int, int]:
+def _agreement(source_NV: np.ndarray, actual_NV: np.ndarray) -> tuple[int, int]:
     """At how many positions the candidate's highest score is the source's, too, and of how many.
 
     One that ties with it does as well: equal tokens far apart have equal scores but for the order of addition.
     """
-    if not port.name.endswith("logits"):
-        return 0, 0
-    if port.axes == (BATCH, SEQUENCE):  # the tokens of a row compete
-        source_NV, actual_NV = (np.where(case.mask_BT, value, -np.inf) for value in (source, actual))
-    else:
-        source_NV, actual_NV = (_rows(case, port, value)[1] for value in (source, actual))
     highest_N = source_NV.max(axis=1)
     chosen_N = np.take_along_axis(source_NV, actual_NV.argmax(axis=1)[:, None], axis=1)[:, 0]
     agreeing_N = highest_N - chosen_N <= _TIE * np.abs(highest_N)

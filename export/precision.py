@@ -11,6 +11,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from export.cases import Case
+from export.files import save_graph
 from export.probe import Probe
 from trainer.errors import GateFailed, UserError
 
@@ -59,14 +60,15 @@ def check_overflow(what: str, file: Path, cases: Iterable[Case], threads: int) -
     and leaves rounding out between them. Here every value is asked for in the type that the graph gives it.
     """
     probe, graph = Probe(file, threads), onnx.load(file).graph
-    weights = {one.name: numpy_helper.to_array(one) for one in graph.initializer}
+    weights = {one.name: _finite(numpy_helper.to_array(one)) for one in graph.initializer}
     for case in cases:
         if case.inputs["input_ids"].size > _PROBED_TOKENS:
             continue
-        values = {**weights, **case.inputs, **probe.run(case.inputs)}
+        values = {**case.inputs, **probe.run(case.inputs)}
+        finite = {**weights, **{name: _finite(value) for name, value in values.items()}}
         for node in graph.node:
-            if all(_finite(values[name]) for name in node.input if name):
-                wrong = [name for name in node.output if name in values and not _finite(values[name])]
+            if all(finite[name] for name in node.input if name):
+                wrong = [name for name in node.output if not finite.get(name, True)]
                 if wrong:
                     raise GateFailed(
                         f"{what}: case {case.name}: node {node.name} ({node.op_type}) overflows in {wrong[0]}",
@@ -84,21 +86,19 @@ def _weights(graph: onnx.GraphProto) -> dict[str, float]:
     return {name: float(np.abs(value[np.isfinite(value)]).max(initial=0.0)) for name, value in values.items()}
 
 
-def lower(raw: Path, lowered: Path, precision: str, kept: set[str]) -> int:
-    """Write graph `raw` in "fp16" or "bf16", the `kept` nodes in fp32; returns how many nodes stay in it.
+def lower(raw: Path, lowered: Path, precision: str, kept: set[str]) -> None:
+    """Write graph `raw` in "fp16" or "bf16", the `kept` nodes in fp32.
 
     Those that the operator set defines for no such type stay, too (Sin and Cos take bf16 from opset 22 on).
     """
     model = onnx.load(raw)
     low = _DTYPES[precision]
     kept = kept | _without_form(model, low)
-    work = _Lowering(model.graph, _element_types(model), low, kept)
+    work = _Lowering(model.graph, _element_types(raw), low, kept)
     for node in list(model.graph.node):
         work.take(node)
     work.finish()
-    onnx.checker.check_model(model)
-    onnx.save(model, lowered)
-    return len(kept)
+    save_graph(model, lowered)
 
 
 def _without_form(model: onnx.ModelProto, low: int) -> set[str]:
@@ -117,8 +117,9 @@ def _schema(node: onnx.NodeProto, version: int) -> onnx.defs.OpSchema:
     return onnx.defs.get_schema(node.op_type, version, node.domain)
 
 
-def _element_types(model: onnx.ModelProto) -> dict[str, int]:
-    """Element type of every value of the graph."""
+def _element_types(raw: Path) -> dict[str, int]:
+    """Element type of every value of a graph file. Weights beside it are not needed, and may be too large to read."""
+    model = onnx.load(raw, load_external_data=False)
     inferred = onnx.shape_inference.infer_shapes(model, strict_mode=True).graph
     values = (*inferred.value_info, *inferred.input, *inferred.output)
     types = {value.name: value.type.tensor_type.elem_type for value in values}

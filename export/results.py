@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from trainer.artifact import ARTIFACT_FILE, content_hash, hash_file, read_artifact
+from export.files import is_the_one
+from trainer.artifact import ARTIFACT_FILE, content_hash, read_artifact
 from trainer.config import Recipe
 from trainer.errors import UserError
 from trainer.export_config import ONNX_FILES
@@ -237,7 +238,7 @@ def _proofs(name: str, record: Row, export: Path) -> Iterable[tuple[tuple[str, s
         path = export / name / file
         if path.is_file():
             proof = proofs.get(file)
-            passed = proof is not None and proof.get("passed", True) and proof["sha256"] == hash_file(path)
+            passed = proof is not None and proof.get("passed", True) and is_the_one(proof, path)
             yield (name, backend), passed
 
 

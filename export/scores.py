@@ -47,10 +47,11 @@ def _right(logits_BTV: np.ndarray, labels_BT: np.ndarray) -> tuple[np.ndarray, n
 
 def _nll(logits_BTV: np.ndarray, inputs: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     target_BT = inputs["attention_mask"][:, 1:].astype(bool)
-    logits_NV = logits_BTV[:, :-1][target_BT].astype(np.float64)
-    labels_N = inputs["input_ids"][:, 1:][target_BT]
-    highest_N = logits_NV.max(axis=1)
-    log_total_N = np.log(np.exp(logits_NV - highest_N[:, None]).sum(axis=1)) + highest_N
-    sums_BT = np.zeros(target_BT.shape)
-    sums_BT[target_BT] = log_total_N - logits_NV[np.arange(len(labels_N)), labels_N]
-    return sums_BT.sum(axis=1), target_BT.sum(axis=1)
+    sums_B = np.zeros(len(target_BT))
+    for row, target_T in enumerate(target_BT):  # one at a time: a batch in float64 would take gigabytes
+        logits_NV = logits_BTV[row, :-1][target_T].astype(np.float64)
+        labels_N = inputs["input_ids"][row, 1:][target_T]
+        highest_N = logits_NV.max(axis=1)
+        log_total_N = np.log(np.exp(logits_NV - highest_N[:, None]).sum(axis=1)) + highest_N
+        sums_B[row] = (log_total_N - logits_NV[np.arange(len(labels_N)), labels_N]).sum()
+    return sums_B, target_BT.sum(axis=1)

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import torch
 from transformers import (
     AutoModel,
@@ -24,6 +25,8 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
+from export import files
+from export.files import data_file
 from export.io_spec import BATCH, PAST, SEQUENCE, TOTAL, CacheLayout, IoSpec
 from trainer.errors import UserError
 
@@ -35,8 +38,6 @@ _LOADERS: dict[str, Any] = {
     "question_answering": AutoModelForQuestionAnswering,
     "feature_extraction": AutoModel,
 }
-# protobuf refuses messages of 2 GiB; the rest is room for the graph itself.
-_MAX_WEIGHT_BYTES = 2**31 - 2**26
 # Batch, length and past of the traced example: 0 and 1 would be taken for constants, and the mask needs padding in it.
 _TRACED_BATCH, _TRACED_LENGTH, _TRACED_PAST = 2, 24, 5
 
@@ -102,13 +103,10 @@ def _past_of(arguments: dict[str, Any], layout: CacheLayout) -> DynamicCache:
 
 
 def export_graph(model: torch.nn.Module, spec: IoSpec, path: Path, opset: int) -> None:
-    """Write `model` as a raw ONNX graph with the spec's names and axes. The model's Conv1D layers become Linear.
+    """Write `model` as a raw ONNX graph with the spec's names and axes, a large one's weights in a file beside it.
 
-    Raises UserError for a model whose weights do not fit into one ONNX file.
+    The model's Conv1D layers become Linear.
     """
-    size_bytes = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-    if size_bytes > _MAX_WEIGHT_BYTES:
-        raise UserError(f"the model has {size_bytes / 2**30:.1f} GiB of weights", "less than 2 GiB (one ONNX file)")
     replace_conv1d(model)
     with torch.no_grad(), _quiet():
         program = torch.onnx.export(
@@ -122,8 +120,10 @@ def export_graph(model: torch.nn.Module, spec: IoSpec, path: Path, opset: int) -
             verbose=False,
         )
     assert program is not None
-    program.save(str(path), external_data=False)
-    _tidy(path, spec)
+    _tidy(program.model, spec)
+    size_bytes = sum(weight.const_value.nbytes for weight in program.model.graph.initializers.values()
+                     if weight.const_value is not None)  # fmt: skip
+    ir.save(program.model, path, external_data=data_file(path).name if size_bytes > files.LARGE_BYTES else None)
     onnx.checker.check_model(str(path), full_check=True)
 
 
@@ -140,22 +140,21 @@ def _dynamic_shapes(spec: IoSpec) -> tuple[dict[int, Any], ...]:
     )
 
 
-def _tidy(path: Path, spec: IoSpec) -> None:
+def _tidy(model: ir.Model, spec: IoSpec) -> None:
     """Give the dynamic axes that torch named after symbols of its own the spec's names; fixed ones stay fixed.
 
     Stack traces, which the exporter leaves at every node, go: they hold paths of this machine.
     """
-    model = onnx.load(path)
     ports = {port.name: port for port in (*spec.inputs, *spec.outputs)}
-    for value in (*model.graph.input, *model.graph.output):
-        for dim, axis in zip(value.type.tensor_type.shape.dim, ports[value.name].axes, strict=True):
-            if dim.dim_param and isinstance(axis, str):
-                dim.dim_param = axis
-    for node in model.graph.node:
-        kept = [entry for entry in node.metadata_props if entry.key != "pkg.torch.onnx.stack_trace"]
-        del node.metadata_props[:]
-        node.metadata_props.extend(kept)
-    onnx.save(model, path)
+    for value in (*model.graph.inputs, *model.graph.outputs):
+        assert value.name is not None and value.shape is not None
+        dims = [
+            axis if isinstance(axis, str) and not isinstance(dim, int) else dim
+            for dim, axis in zip(value.shape, ports[value.name].axes, strict=True)
+        ]
+        value.shape = ir.Shape(dims)
+    for node in model.graph.all_nodes():
+        node.metadata_props.pop("pkg.torch.onnx.stack_trace", None)
 
 
 @contextlib.contextmanager

@@ -90,6 +90,8 @@ class Calibration(Section):
     method: Literal["minmax", "entropy", "percentile"] = "minmax"
     """How `int8_static` chooses its ranges: all that was seen, least Kullback-Leibler divergence, or `percentile`."""
     percentile: Annotated[float, Field(gt=50.0, le=100.0)] = 99.99
+    symmetric: bool = False
+    """`int8_static` with signed activations and no zero points, which is all that TensorRT takes."""
     batches: PositiveInt = 16
     batch_size: Annotated[int, Field(ge=2)] = 2
     """The last row of each batch is padded, as masks show their values only there."""

@@ -142,6 +142,18 @@ def test_calibrations_differ_as_their_names_say(bert, gate, tmp_path):
     assert scales["entropy"] != scales["minmax"]
 
 
+def test_symmetric_ranges_have_no_zero_points(bert, gate, tmp_path):
+    """What TensorRT takes: its zero points are 0, and its values signed."""
+    _, raw, batches = bert
+    quantize_by_ranges(raw, tmp_path / "s.onnx", batches, Calibration(symmetric=True))
+    graph = onnx.load(tmp_path / "s.onnx").graph
+    values = {one.name: numpy_helper.to_array(one) for one in graph.initializer}
+    points = [values[node.input[2]] for node in graph.node if node.op_type == "QuantizeLinear"]
+    assert len(points) >= 8 and all(point.dtype == np.int8 and not point.any() for point in points)
+    loose = Parity().int8_static.model_copy(update={"relative_rms": 0.3, "min_top1": 0.0})
+    assert gate(tmp_path / "s.onnx", loose)["metrics"]["relative_rms"] > 1e-3
+
+
 def test_calibration_takes_other_text_than_the_gate(bert, documents):
     _, _, batches = bert
     assert [batch["input_ids"].shape for batch in batches] == [(2, 64 >> step) for step in range(7)] + [(2, 64)]
