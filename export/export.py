@@ -18,7 +18,7 @@ from export.variants import calibration_batches, check_variants, make_variant
 from trainer.__main__ import stage_main
 from trainer.artifact import content_hash, staging, write_artifact
 from trainer.config import Recipe
-from trainer.errors import UserError
+from trainer.errors import GateFailed, UserError
 from trainer.export_config import ONNX_FILES, Export
 from trainer.recipe_file import recipe_hash, require_section
 
@@ -37,7 +37,11 @@ def run(recipe: Recipe) -> None:
     for name, folder in models.items():  # refuse before the first model is worked on
         check_variants(name, read_spec(folder), recipe.export)
     for name, folder in models.items():
-        export_model(recipe, recipe.export, name, folder, load_documents(recipe, folder))
+        try:
+            export_model(recipe, recipe.export, name, folder, load_documents(recipe, folder))
+        except GateFailed as failure:
+            search = "`lmworks verify export RECIPE --bisect` names the node at which the form departs"
+            raise GateFailed(str(failure), do=search) from None
 
 
 def export_model(recipe: Recipe, settings: Export, name: str, folder: Path, documents: Documents) -> Path:

@@ -88,8 +88,9 @@ def test_a_missed_gate_leaves_nothing_new_behind(model_folder, documents, tmp_pa
     assert list((tmp_path / "export").iterdir()) == []
     target = stage.export_model(recipe, SETTINGS, "m", model_folder("bert"), documents)
     before = read_artifact(target)
-    with pytest.raises(GateFailed):
-        stage.export_model(recipe, strict, "m", model_folder("bert", 1), documents)
+    other = strict.model_copy(update={"models": {"m": model_folder("bert", 1)}})
+    with pytest.raises(GateFailed, match=r"(?s)relative_rms.*Do: `lmworks verify export RECIPE --bisect`"):
+        stage.run(Recipe(run_dir=tmp_path, export=other))
     assert read_artifact(target) == before
 
 
