@@ -26,15 +26,16 @@ from rich.table import Table
 from export.bench_inputs import METRICS, quality_batches, speed_arrays
 from export.bench_worker import Job
 from export.cases import load_documents
+from export.files import is_the_one, size_mib
 from export.io_spec import IoSpec, read_spec
-from export.runners import ONNX_FILES, usable_threads
+from export.runners import usable_threads
 from export.windows import MIN_CPU_SHARE, Settings
 from trainer.__main__ import stage_main
-from trainer.artifact import ARTIFACT_FILE, content_hash, hash_file, read_artifact, versions, write_json
+from trainer.artifact import ARTIFACT_FILE, content_hash, read_artifact, versions, write_json
 from trainer.config import Recipe
 from trainer.environment import launch_command
 from trainer.errors import GateFailed, UserError
-from trainer.export_config import Backend, Bench
+from trainer.export_config import ONNX_FILES, Backend, Bench
 from trainer.recipe_file import require_section
 
 _COLUMNS = (  # heading, key of a row, format
@@ -189,7 +190,7 @@ def refusal(subject: Subject, backend: Backend) -> str:
     proofs = [proof for proof in record["evidence"] if proof["what"] == f"parity_{backend.removeprefix('onnx_')}"]
     if not proofs:
         return f"no parity evidence for {file.name}"
-    if proofs[0]["sha256"] != hash_file(file):
+    if not is_the_one(proofs[0], file):
         return f"{file.name} is not the file that passed parity"
     if record["parents"].get("model") != content_hash(subject.model):
         return f"{file.name} was exported from another model"
@@ -201,7 +202,7 @@ def file_mib(subject: Subject, backend: Backend) -> float | None:
     if backend not in ONNX_FILES:
         return _weights_mib(subject.model)
     file = subject.exported / ONNX_FILES[backend]
-    return file.stat().st_size / 2**20 if file.is_file() else None
+    return size_mib(file) if file.is_file() else None
 
 
 def count_parameters(model: Path) -> int | None:

@@ -1,8 +1,7 @@
 """The fresh process that measures one model in one backend: speed of each shape, then quality, written as JSON.
 Which models, shapes and inputs, and whether a backend may be measured at all, `bench` decides.
 
-It reads a job file and the arrays beside it, and imports only what its backend needs. Shape letters: B batch,
-T sequence length, V vocabulary, N targets.
+It reads a job file and the arrays beside it, and imports only what its backend needs.
 """
 
 import json
@@ -15,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from export.runners import Runner, open_runner
+from export.scores import score
 from export.windows import Clock, Measurement, Settings, SystemClock, measure
 from trainer.artifact import write_json
 from trainer.errors import UserError
@@ -56,7 +56,7 @@ def main(path: Path) -> None:
     if job.backend == "compile":
         check_compiled(runner, open_runner(Path(job.folder), "eager", job.settings.threads), cells)
     batches = [_named(arrays, f"quality{index}|") for index in range(job.quality_batches)]
-    value = quality(runner, batches, job.metric) if job.metric else None
+    value = score(runner, batches, job.metric).value if job.metric else None
     write_json(Path(f"{path}.result"), {"rows": rows, "quality": value})
 
 
@@ -102,25 +102,14 @@ def _tail_ms(calls_s: np.ndarray, percentile: int) -> float | None:
 def check_compiled(compiled: Runner, eager: Runner, cells: list[Inputs]) -> None:
     """Raise UserError if torch.compile changed the model's results on any measured batch."""
     for inputs in cells:
-        actual, source = compiled.run(inputs)["logits"], eager.run(inputs)["logits"]
-        error = float(np.sqrt(np.square(actual - source).mean() / np.square(source).mean()))
-        if not error <= _COMPILED_RELATIVE_RMS:
-            raise UserError(
-                f"compiled outputs differ from eager ones by relative_rms {error:.2g} at {source.shape}",
-                f"at most {_COMPILED_RELATIVE_RMS:g}",
-            )
-
-
-def quality(runner: Runner, batches: list[Inputs], metric: str) -> float:
-    """masked_accuracy: share of masked tokens that get the highest logit. perplexity: exp of the mean negative
-    log-likelihood of each token given those before it in its row. Both over all batches."""
-    total, count = 0.0, 0
-    for batch in batches:
-        inputs = {name: value for name, value in batch.items() if name != "labels"}
-        logits_BTV = runner.run(inputs)["logits"]
-        sums = _correct(logits_BTV, batch["labels"]) if metric == "masked_accuracy" else _nll(logits_BTV, inputs)
-        total, count = total + sums[0], count + sums[1]
-    return float(np.exp(total / count)) if metric == "perplexity" else total / count
+        actual = compiled.run(inputs)
+        for name, source in eager.run(inputs).items():
+            error = float(np.sqrt(np.square(actual[name] - source).mean() / np.square(source).mean()))
+            if not error <= _COMPILED_RELATIVE_RMS:
+                raise UserError(
+                    f"compiled {name} differs from the eager one by relative_rms {error:.2g} at {source.shape}",
+                    f"at most {_COMPILED_RELATIVE_RMS:g}",
+                )
 
 
 def reset_peak_memory() -> None:
@@ -137,21 +126,6 @@ def peak_memory_mib() -> float | None:
         return None
     lines = dict(line.split(":", 1) for line in status.read_text().splitlines())
     return int(lines["VmHWM"].split()[0]) / 1024
-
-
-def _correct(logits_BTV: np.ndarray, labels_BT: np.ndarray) -> tuple[float, int]:
-    target_BT = labels_BT >= 0
-    right_N = logits_BTV[target_BT].argmax(axis=1) == labels_BT[target_BT]
-    return float(right_N.sum()), len(right_N)
-
-
-def _nll(logits_BTV: np.ndarray, inputs: Mapping[str, np.ndarray]) -> tuple[float, int]:
-    target_BT = inputs["attention_mask"][:, 1:].astype(bool)
-    logits_NV = logits_BTV[:, :-1][target_BT].astype(np.float64)
-    labels_N = inputs["input_ids"][:, 1:][target_BT]
-    highest_N = logits_NV.max(axis=1)
-    log_total_N = np.log(np.exp(logits_NV - highest_N[:, None]).sum(axis=1)) + highest_N
-    return float((log_total_N - logits_NV[np.arange(len(labels_N)), labels_N]).sum()), len(labels_N)
 
 
 def _named(arrays: Mapping[str, np.ndarray], prefix: str) -> Inputs:

@@ -13,16 +13,19 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from ruamel.yaml import YAML
 
+from export.files import size_mib
 from export.results import STAGES, Results, Row, is_verified
 from trainer.artifact import write_text
+from trainer.export_config import ONNX_FILES
 
 _TEMPLATES = Path(__file__).parent / "templates"
 MARK = "<!-- Written by `lmworks report` from this folder's evidence. Remove this line to keep your own edits. -->"
 _PIPELINES = {"ForMaskedLM": "fill-mask", "LMHeadModel": "text-generation", "ForCausalLM": "text-generation",
-              "ForSequenceClassification": "text-classification"}  # fmt: skip
+              "ForSequenceClassification": "text-classification", "ForTokenClassification": "token-classification",
+              "ForQuestionAnswering": "question-answering", "Model": "feature-extraction"}  # fmt: skip
 _TASK_NAMES = {"fill-mask": "Masked language modelling", "text-generation": "Causal language modelling",
-               "text-classification": "Text classification"}  # fmt: skip
-_ONNX_FILES = {"onnx_fp32": "model.onnx", "onnx_int8": "model_quantized.onnx"}
+               "text-classification": "Text classification", "token-classification": "Token classification",
+               "question-answering": "Question answering", "feature-extraction": "Feature extraction"}  # fmt: skip
 # evidence name -> metric type as Hugging Face lists it; others are shown in the text only
 _METRIC_TYPES = {"loss": "loss", "perplexity": "perplexity", "accuracy": "accuracy", "masked_accuracy": "accuracy",
                  "bits_per_byte": "bits_per_byte"}  # fmt: skip
@@ -91,7 +94,7 @@ def front_matter(found: Results, name: str, folder: Path, evidence: list[Row]) -
     block: Row = {"library_name": "transformers", "pipeline_tag": pipeline, "tags": [tag for tag in tags if tag]}
     if is_export:
         block |= {"base_model": card_name(found, name, False)}
-        block |= {"base_model_relation": "quantized"} if (folder / _ONNX_FILES["onnx_int8"]).is_file() else {}
+        block |= {"base_model_relation": "quantized"} if _is_quantized(folder) else {}
     elif name == "student" and (teacher := _teacher_name(found)):
         block |= {"base_model": teacher, "base_model_relation": "finetune"}  # the Hub has no word for distilled
     index = _model_index(found, card_name(found, name, is_export), pipeline, evidence)
@@ -173,17 +176,21 @@ def _training_settings(found: Results, name: str) -> list[tuple[str, Any]]:
     return [(key, value) for key, value in pairs if value is not None]
 
 
+def _is_quantized(folder: Path) -> bool:
+    return any((folder / file).is_file() for backend, file in ONNX_FILES.items() if "_int" in backend)
+
+
 def _exports(found: Results, name: str) -> list[Row]:
     record = found.exported.get(name)
     if record is None:
         return []
     rows = []
-    for backend, file in _ONNX_FILES.items():
+    for backend, file in ONNX_FILES.items():
         path = found.recipe.stage_dir("export") / name / file
         if (name, backend) in found.verified:
             proof = next((entry for entry in record["evidence"] if entry.get("file") == file), {})
             rows.append({"file": file, "precision": backend.removeprefix("onnx_"),
-                         "passed": found.verified[name, backend], "mib": path.stat().st_size / 2**20,
+                         "passed": found.verified[name, backend], "mib": size_mib(path),
                          "metrics": proof.get("metrics", {})})  # fmt: skip
     return rows
 

@@ -25,14 +25,21 @@ _STDLIB_FILES = 40
 
 @dataclass(frozen=True)
 class Case:
-    """One batch to compare on."""
+    """One batch to compare on. Its source takes it at once, the candidate too, or token by token after a prompt."""
 
     name: str
     inputs: dict[str, np.ndarray]
+    steps_after: int | None = None
+
+    @property
+    def mask(self) -> np.ndarray:
+        """All that attention may see: bool [B, P + T]."""
+        return self.inputs["attention_mask"].astype(bool)
 
     @property
     def mask_BT(self) -> np.ndarray:
-        return self.inputs["attention_mask"].astype(bool)
+        """Real tokens of the input."""
+        return self.mask[:, -self.inputs["input_ids"].shape[1] :]
 
 
 def load_documents(recipe: Recipe, model: Path, limit: int = _MAX_DOCUMENTS) -> list[np.ndarray]:

@@ -1,4 +1,4 @@
-"""The export stage: model folders to ONNX folders that passed the parity gate, fp32 and int8.
+"""The export stage: model folders to ONNX folders, in each form that the recipe names, that passed the gates.
 Tracing, quantizing and comparing are done by the modules it wires together here.
 """
 
@@ -8,18 +8,18 @@ from typing import Any
 
 from rich.console import Console
 
-from export.cases import Documents, load_documents, make_cases
+from export.cases import Documents, load_documents
+from export.files import data_file, size_mib
+from export.gates import Gates
 from export.io_spec import read_spec
-from export.parity import check_parity
-from export.quantize import quantize
-from export.runners import ONNX_FILES, open_onnx, open_torch, usable_threads
+from export.runners import open_onnx, usable_threads
 from export.to_onnx import export_graph, load_model
+from export.variants import calibration_batches, check_variants, make_variant
 from trainer.__main__ import stage_main
-from trainer.artifact import content_hash, hash_file, staging, write_artifact
+from trainer.artifact import content_hash, staging, write_artifact
 from trainer.config import Recipe
-from trainer.environment import launch_command
-from trainer.errors import UserError
-from trainer.export_config import Export
+from trainer.errors import GateFailed, UserError
+from trainer.export_config import ONNX_FILES, Export
 from trainer.recipe_file import recipe_hash, require_section
 
 # What a server needs beside the graph: everything of a transformers folder that is not weights or our own records.
@@ -34,10 +34,14 @@ def run(recipe: Recipe) -> None:
     models = recipe.exported_models()
     if not models:
         raise UserError("there is no model to export", "pretrain, distill or export.models", "name one in the recipe")
-    for folder in models.values():
-        read_spec(folder)  # refuse before the first model is worked on
+    for name, folder in models.items():  # refuse before the first model is worked on
+        check_variants(name, read_spec(folder), recipe.export)
     for name, folder in models.items():
-        export_model(recipe, recipe.export, name, folder, load_documents(recipe, folder))
+        try:
+            export_model(recipe, recipe.export, name, folder, load_documents(recipe, folder))
+        except GateFailed as failure:
+            search = "`lmworks verify export RECIPE --bisect` names the node at which the form departs"
+            raise GateFailed(str(failure), do=search) from None
 
 
 def export_model(recipe: Recipe, settings: Export, name: str, folder: Path, documents: Documents) -> Path:
@@ -46,10 +50,8 @@ def export_model(recipe: Recipe, settings: Export, name: str, folder: Path, docu
     `documents` are token ids of real text, which the parity gate runs on.
     """
     spec = read_spec(folder)
-    threads = usable_threads()
-    cases = make_cases(documents, spec, settings.parity.shapes, settings.parity.max_length, recipe.seed)
-    source = open_torch(folder, threads)
-    expected = [source.run(case.inputs) for case in cases]
+    gates = Gates(folder, spec, settings, documents, recipe.seed)
+    batches = calibration_batches(documents, spec, settings.calibration)
     target = recipe.stage_dir("export") / name
     evidence = []
     with staging(target) as partial:
@@ -57,15 +59,14 @@ def export_model(recipe: Recipe, settings: Export, name: str, folder: Path, docu
         export_graph(load_model(folder, spec), spec, raw, settings.opset)
         for variant in settings.variants:
             file = partial / ONNX_FILES[f"onnx_{variant}"]
-            if variant == "int8":
-                quantize(raw, file)
+            made = make_variant(variant, raw, file, batches, settings.calibration)
             what = f"{name} {variant} ({file.name})"
-            tolerance = getattr(settings.parity, variant)
-            passed = check_parity(what, spec, open_onnx(file, threads), cases, expected, tolerance)
-            evidence.append(_evidence(variant, file, passed))
+            passed = gates.check(what, variant, file, open_onnx(file, usable_threads(), settings.provider))
+            evidence += [proof | made for proof in passed]
             _tell(what, file, passed)
         if "fp32" not in settings.variants:
             raw.unlink()
+            data_file(raw).unlink(missing_ok=True)
         copy_companions(folder, partial)
         write_artifact(
             partial,
@@ -93,23 +94,19 @@ def copy_companions(source: Path, target: Path) -> None:
                 shutil.copyfile(file, target / file.name)
 
 
-def _evidence(variant: str, file: Path, passed: dict[str, Any]) -> dict[str, Any]:
-    return {
-        "what": f"parity_{variant}",
-        "file": file.name,
-        "sha256": hash_file(file),
-        "command": launch_command(),
-        **passed,
-    }
-
-
-def _tell(what: str, file: Path, passed: dict[str, Any]) -> None:
-    metrics = passed["metrics"]
-    Console(highlight=False).print(
-        f"{what}: {file.stat().st_size / 2**20:.1f} MiB; parity holds in {metrics['cases']} cases: max_abs "
-        f"{metrics['max_abs']:.2g}, relative_rms {metrics['relative_rms']:.2g}, top-1 {metrics['top1']:.2%}",
-        soft_wrap=True,
+def _tell(what: str, file: Path, evidence: list[dict[str, Any]]) -> None:
+    parity = evidence[0]["metrics"]
+    said = (
+        f"{what}: {size_mib(file):.1f} MiB; parity holds in {parity['cases']} cases: max_abs "
+        f"{parity['max_abs']:.2g}, relative_rms {parity['relative_rms']:.2g}, top-1 {parity['top1']:.2%}"
     )
+    for proof in evidence[1:]:
+        quality = proof["metrics"]
+        said += (
+            f"; {quality['metric']} {quality['value']:.4g}, {quality['kept']:.2%} of the source's quality "
+            f"({quality['kept_low']:.2%} to {quality['kept_high']:.2%})"
+        )
+    Console(highlight=False).print(said, soft_wrap=True)
 
 
 if __name__ == "__main__":

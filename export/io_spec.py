@@ -1,12 +1,13 @@
 """What goes into and comes out of an exported model: names, types and axes, declared once for each architecture.
 Exporter, parity gate, runners and benchmark read it; tracing and running are theirs.
 
-Names follow optimum, so that its loaders and Triton configurations written for it fit. A cache for decoding would be
-further inputs (`past_key_values.<i>.key`), outputs (`present.<i>.key`) and one more axis here.
-Shape letters: B batch, T sequence length, V vocabulary.
+Names and axes follow optimum (its OnnxConfig and TextDecoderWithPositionIdsOnnxConfig), so that its loaders and Triton
+configurations written for it fit. A causal model has a cache: one graph serves the prompt, with a past of length 0, and
+every later step.
+Shape letters: B batch, T sequence length, P length of the past, V vocabulary, K heads of keys and values, D their size.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -17,21 +18,24 @@ from trainer.errors import UserError
 
 BATCH = "batch_size"
 SEQUENCE = "sequence_length"
-Task = Literal["masked_lm", "causal_lm", "classification"]
+PAST = "past_sequence_length"
+TOTAL = f"{PAST} + {SEQUENCE}"
+Task = Literal[
+    "masked_lm", "causal_lm", "classification", "token_classification", "question_answering", "feature_extraction"
+]
 
-TASKS: dict[str, Task] = {
-    "BertForMaskedLM": "masked_lm",
-    "DistilBertForMaskedLM": "masked_lm",
-    "RobertaForMaskedLM": "masked_lm",
-    "ModernBertForMaskedLM": "masked_lm",
-    "GPT2LMHeadModel": "causal_lm",
-    "LlamaForCausalLM": "causal_lm",
-    "BertForSequenceClassification": "classification",
-    "DistilBertForSequenceClassification": "classification",
-    "RobertaForSequenceClassification": "classification",
-    "ModernBertForSequenceClassification": "classification",
+_ENCODERS = ("Bert", "DistilBert", "Roberta", "ModernBert")
+_HEADS: dict[str, Task] = {
+    "ForMaskedLM": "masked_lm",
+    "ForSequenceClassification": "classification",
+    "ForTokenClassification": "token_classification",
+    "ForQuestionAnswering": "question_answering",
+    "Model": "feature_extraction",
 }
-_THIRD_INPUT = {"bert": "token_type_ids", "gpt2": "position_ids", "llama": "position_ids"}
+_DECODERS = ("GPT2LMHeadModel", "LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+TASKS: dict[str, Task] = {f"{encoder}{head}": task for encoder in _ENCODERS for head, task in _HEADS.items()}
+TASKS |= dict.fromkeys(_DECODERS, "causal_lm")
+_TOKEN_TYPES = ("bert",)
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,33 @@ class Port:
 
 
 @dataclass(frozen=True)
+class CacheLayout:
+    """What a decoder keeps of each layer, keys and values alike: float32 [B, heads, P, head_size]."""
+
+    layers: int
+    heads: int
+    head_size: int
+
+    @property
+    def past_names(self) -> tuple[str, ...]:
+        """Inputs that hold the past, in the order of `present_names`."""
+        return tuple(f"past_key_values.{layer}.{kind}" for layer in range(self.layers) for kind in ("key", "value"))
+
+    @property
+    def present_names(self) -> tuple[str, ...]:
+        """Outputs that are the past of the next step."""
+        return tuple(f"present.{layer}.{kind}" for layer in range(self.layers) for kind in ("key", "value"))
+
+    def ports(self, names: tuple[str, ...], length: str) -> tuple[Port, ...]:
+        return tuple(Port(name, "float32", (BATCH, self.heads, length, self.head_size)) for name in names)
+
+    def empty(self, batch: int) -> dict[str, np.ndarray]:
+        """A past of length 0."""
+        shape = (batch, self.heads, 0, self.head_size)
+        return {name: np.zeros(shape, dtype=np.float32) for name in self.past_names}
+
+
+@dataclass(frozen=True)
 class IoSpec:
     """The face of one model, and what is needed to feed it."""
 
@@ -58,24 +89,41 @@ class IoSpec:
     max_length: int
     vocab_size: int
     pad_id: int
+    cache: CacheLayout | None = None
 
-    def feeds(self, ids_BT: np.ndarray, mask_BT: np.ndarray) -> dict[str, np.ndarray]:
-        """All inputs of the model for token ids and a mask (1 token, 0 padding), both int64 [B, T]."""
+    def feeds(
+        self, ids_BT: np.ndarray, mask: np.ndarray, past: Mapping[str, np.ndarray] | None = None
+    ) -> dict[str, np.ndarray]:
+        """All inputs of the model for token ids, int64 [B, T], and a mask (1 token, 0 padding), int64 [B, P + T].
+
+        Without `past` a decoder gets one of length 0.
+        """
+        made = self.token_feeds(ids_BT, mask)
+        if self.cache is not None:
+            made |= (
+                self.cache.empty(len(ids_BT)) if past is None else {name: past[name] for name in self.cache.past_names}
+            )
+        return made
+
+    def token_feeds(self, ids_BT: np.ndarray, mask: np.ndarray) -> dict[str, np.ndarray]:
+        """The inputs other than the past. A token's position is the number of real tokens before it."""
         made = {
             "input_ids": ids_BT,
-            "attention_mask": mask_BT,
+            "attention_mask": mask,
             "token_type_ids": np.zeros_like(ids_BT),
-            "position_ids": np.maximum(mask_BT.cumsum(axis=1) - 1, 0),
+            "position_ids": np.maximum(mask.cumsum(axis=1) - 1, 0)[:, -ids_BT.shape[1] :],
         }
-        return {port.name: np.ascontiguousarray(made[port.name], dtype=port.dtype) for port in self.inputs}
+        ports = [port for port in self.inputs if port.name in made]
+        return {port.name: np.ascontiguousarray(made[port.name], dtype=port.dtype) for port in ports}
 
-    def pad(self, rows: Sequence[np.ndarray], length: int) -> dict[str, np.ndarray]:
-        """Inputs for rows of token ids, padded on the right to `length` tokens."""
+    def pad(self, rows: Sequence[np.ndarray], length: int, left: bool = False) -> dict[str, np.ndarray]:
+        """Inputs for rows of token ids, padded to `length` tokens on the right, or on the left as for generating."""
         ids_BT = np.full((len(rows), length), self.pad_id, dtype=np.int64)
         mask_BT = np.zeros_like(ids_BT)
         for index, row in enumerate(rows):
-            ids_BT[index, : len(row)] = row
-            mask_BT[index, : len(row)] = 1
+            place = slice(length - len(row), length) if left else slice(0, len(row))
+            ids_BT[index, place] = row
+            mask_BT[index, place] = 1
         return self.feeds(ids_BT, mask_BT)
 
 
@@ -103,19 +151,55 @@ def spec_of(config: Any) -> IoSpec:
             "export another model",
         )
     task = TASKS[architecture]
-    names = ["input_ids", "attention_mask"]
-    if config.model_type in _THIRD_INPUT:
-        names.append(_THIRD_INPUT[config.model_type])
-    logits_axes = (BATCH, config.num_labels) if task == "classification" else (BATCH, SEQUENCE, config.vocab_size)
+    cache = _cache_layout(config) if task == "causal_lm" else None
+    outputs = _outputs(task, config)
     return IoSpec(
         architecture=architecture,
         model_type=config.model_type,
         task=task,
-        inputs=tuple(Port(name, "int64", (BATCH, SEQUENCE)) for name in names),
-        outputs=(Port("logits", "float32", logits_axes),),
+        inputs=_token_ports(config.model_type, cache is not None)
+        + (cache.ports(cache.past_names, PAST) if cache else ()),
+        outputs=outputs + (cache.ports(cache.present_names, TOTAL) if cache else ()),
         max_length=_max_length(config),
         vocab_size=config.vocab_size,
         pad_id=config.pad_token_id or 0,
+        cache=cache,
+    )
+
+
+def _outputs(task: Task, config: Any) -> tuple[Port, ...]:
+    """The outputs other than the cache, in optimum's names. Those called logits have scores that compete in their last
+    axis."""
+    axes: dict[str, tuple[str | int, ...]] = {"logits": (BATCH, SEQUENCE, config.vocab_size)}
+    if task == "classification":
+        axes = {"logits": (BATCH, config.num_labels)}
+    elif task == "token_classification":
+        axes = {"logits": (BATCH, SEQUENCE, config.num_labels)}
+    elif task == "question_answering":
+        axes = {"start_logits": (BATCH, SEQUENCE), "end_logits": (BATCH, SEQUENCE)}
+    elif task == "feature_extraction":
+        axes = {"last_hidden_state": (BATCH, SEQUENCE, config.hidden_size)}
+    return tuple(Port(name, "float32", its) for name, its in axes.items())
+
+
+def _token_ports(model_type: str, cached: bool) -> tuple[Port, ...]:
+    axes: dict[str, tuple[str | int, ...]] = {
+        "input_ids": (BATCH, SEQUENCE),
+        "attention_mask": (BATCH, TOTAL if cached else SEQUENCE),
+    }
+    if model_type in _TOKEN_TYPES:
+        axes["token_type_ids"] = (BATCH, SEQUENCE)
+    if cached:
+        axes["position_ids"] = (BATCH, SEQUENCE)
+    return tuple(Port(name, "int64", its) for name, its in axes.items())
+
+
+def _cache_layout(config: Any) -> CacheLayout:
+    heads = config.num_attention_heads
+    return CacheLayout(
+        layers=config.num_hidden_layers,
+        heads=getattr(config, "num_key_value_heads", None) or heads,
+        head_size=getattr(config, "head_dim", None) or config.hidden_size // heads,
     )
 
 

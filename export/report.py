@@ -20,6 +20,7 @@ from trainer.__main__ import stage_main
 from trainer.artifact import staging, write_json, write_text
 from trainer.config import Recipe
 from trainer.environment import launch_command
+from trainer.export_config import ONNX_FILES
 from trainer.recipe_file import dump_recipe
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -224,7 +225,7 @@ def evaluation_columns(found: Results) -> Row:
 def proofs(found: Results) -> Iterator[Row]:
     """Parity evidence of every exported file, with its verdict."""
     for model, record in found.exported.items():
-        for backend in ("onnx_fp32", "onnx_int8"):
+        for backend in ONNX_FILES:
             if (model, backend) not in found.verified:
                 continue
             what = f"parity_{backend.removeprefix('onnx_')}"

@@ -7,9 +7,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from trainer.artifact import ARTIFACT_FILE, content_hash, hash_file, read_artifact
+from export.files import is_the_one
+from trainer.artifact import ARTIFACT_FILE, content_hash, read_artifact
 from trainer.config import Recipe
 from trainer.errors import UserError
+from trainer.export_config import ONNX_FILES
 
 Row = dict[str, Any]
 STAGES = {"teacher": "pretrain", "student": "distill"}
@@ -232,12 +234,11 @@ def _trained(recipe: Recipe, name: str, stage: str) -> Trained | None:
 def _proofs(name: str, record: Row, export: Path) -> Iterable[tuple[tuple[str, str], bool]]:
     """For each ONNX file of an export: whether there is evidence of parity that was measured on its very bytes."""
     proofs = {proof["file"]: proof for proof in record["evidence"] if proof["what"].startswith("parity_")}
-    backends = {"model.onnx": "onnx_fp32", "model_quantized.onnx": "onnx_int8"}
-    for file, backend in backends.items():
+    for backend, file in ONNX_FILES.items():
         path = export / name / file
         if path.is_file():
             proof = proofs.get(file)
-            passed = proof is not None and proof.get("passed", True) and proof["sha256"] == hash_file(path)
+            passed = proof is not None and proof.get("passed", True) and is_the_one(proof, path)
             yield (name, backend), passed
 
 

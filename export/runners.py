@@ -16,9 +16,8 @@ import psutil
 
 from export.io_spec import Port, read_spec
 from trainer.errors import UserError
-from trainer.export_config import Backend
+from trainer.export_config import ONNX_FILES, Backend
 
-ONNX_FILES = {"onnx_fp32": "model.onnx", "onnx_int8": "model_quantized.onnx"}
 Arrays = dict[str, np.ndarray]
 
 
@@ -55,8 +54,8 @@ class TorchRunner:
         import torch
 
         with torch.inference_mode():
-            value = self.call(*(torch.from_numpy(inputs[name]) for name in self.input_names))
-        return {self.output_names[0]: value.numpy()}
+            values = self.call(*(torch.from_numpy(inputs[name]) for name in self.input_names))
+        return {name: value.numpy() for name, value in zip(self.output_names, values, strict=True)}
 
 
 def open_runner(folder: Path, backend: Backend, threads: int) -> Runner:
@@ -79,7 +78,14 @@ def open_onnx(path: Path, threads: int, provider: str = "CPUExecutionProvider") 
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(path, options, providers=[provider])
+    try:
+        session = onnxruntime.InferenceSession(path, options, providers=[provider])
+    except Exception as error:  # its errors have no class in common
+        raise UserError(
+            f"{path.name} does not open on {provider}: {str(error).splitlines()[0][:300]}",
+            "a graph whose operators this provider has",
+            "leave that precision out here, or take another provider",
+        ) from error
     if session.get_providers()[0] != provider:  # ONNX Runtime goes on with the CPU when another provider fails
         raise UserError(f"ONNX Runtime took {session.get_providers()[0]}", provider, "install the matching onnxruntime")
     return OnnxRunner(session, _ports(session.get_inputs()), _ports(session.get_outputs()))

@@ -9,24 +9,37 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
+import onnx_ir as ir
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSequenceClassification
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
+from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
-from export.io_spec import BATCH, SEQUENCE, IoSpec
+from export import files
+from export.files import data_file
+from export.io_spec import BATCH, PAST, SEQUENCE, TOTAL, CacheLayout, IoSpec
 from trainer.errors import UserError
 
 _LOADERS: dict[str, Any] = {
     "masked_lm": AutoModelForMaskedLM,
     "causal_lm": AutoModelForCausalLM,
     "classification": AutoModelForSequenceClassification,
+    "token_classification": AutoModelForTokenClassification,
+    "question_answering": AutoModelForQuestionAnswering,
+    "feature_extraction": AutoModel,
 }
-# protobuf refuses messages of 2 GiB; the rest is room for the graph itself.
-_MAX_WEIGHT_BYTES = 2**31 - 2**26
-# Batch and length of the traced example: 0 and 1 would be taken for constants, and the mask needs padding in it.
-_TRACED_BATCH, _TRACED_LENGTH = 2, 24
+# Batch, length and past of the traced example: 0 and 1 would be taken for constants, and the mask needs padding in it.
+_TRACED_BATCH, _TRACED_LENGTH, _TRACED_PAST = 2, 24, 5
 
 
 def load_model(folder: Path, spec: IoSpec) -> torch.nn.Module:
@@ -48,34 +61,53 @@ def load_model(folder: Path, spec: IoSpec) -> torch.nn.Module:
 
 
 class Traceable(torch.nn.Module):
-    """The model as a function of the spec's inputs, in their order, that returns only the logits."""
+    """The model as a function of the spec's inputs, in their order, that returns the spec's outputs in theirs."""
 
     def __init__(self, model: torch.nn.Module, spec: IoSpec) -> None:
         super().__init__()
         self.model = model
+        self.cache = spec.cache
         self.names = [port.name for port in spec.inputs]
+        self.outputs = [port.name for port in spec.outputs]
         # ORT's fused rotary embedding works for more than one row only if positions have a batch axis.
         self.makes_positions = spec.model_type == "modernbert"
-        self.options: dict[str, Any] = {"use_cache": False} if spec.task == "causal_lm" else {}
 
-    def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
-        arguments: dict[str, Any] = dict(zip(self.names, inputs, strict=True)) | self.options
+    def forward(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        arguments: dict[str, Any] = dict(zip(self.names, inputs, strict=True))
         if self.makes_positions:
             batch, length = inputs[0].shape
             arguments["position_ids"] = torch.arange(length)[None].expand(batch, -1)
-        return self.model(**arguments).logits
+        if self.cache is None:
+            made = self.model(**arguments)
+            return tuple(getattr(made, name) for name in self.outputs)
+        past = _past_of(arguments, self.cache)
+        logits = self.model(**arguments, past_key_values=past, use_cache=True).logits
+        layers: Any = past.layers
+        return (logits, *(tensor for layer in layers for tensor in (layer.keys, layer.values)))
+
+
+def _past_of(arguments: dict[str, Any], layout: CacheLayout) -> DynamicCache:
+    """Take the past out of a model's arguments, as transformers' own cache.
+
+    Its layers are filled by hand: `update` would first join the past to an empty tensor, a copy in the graph. All keep
+    their whole past, as a sliding window is the mask's matter.
+    """
+    past = DynamicCache()
+    names = iter(layout.past_names)
+    for key_name, value_name in zip(names, names, strict=True):
+        layer: Any = DynamicLayer()
+        layer.keys, layer.values = arguments.pop(key_name), arguments.pop(value_name)
+        layer.dtype, layer.device, layer.is_initialized = layer.keys.dtype, layer.keys.device, True
+        past.layers.append(layer)
+    return past
 
 
 def export_graph(model: torch.nn.Module, spec: IoSpec, path: Path, opset: int) -> None:
-    """Write `model` as a raw ONNX graph with the spec's names and axes. The model's Conv1D layers become Linear.
+    """Write `model` as a raw ONNX graph with the spec's names and axes, a large one's weights in a file beside it.
 
-    Raises UserError for a model whose weights do not fit into one ONNX file.
+    The model's Conv1D layers become Linear.
     """
-    size_bytes = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-    if size_bytes > _MAX_WEIGHT_BYTES:
-        raise UserError(f"the model has {size_bytes / 2**30:.1f} GiB of weights", "less than 2 GiB (one ONNX file)")
     replace_conv1d(model)
-    axes = {0: torch.export.Dim(BATCH, min=1, max=2**15), 1: torch.export.Dim(SEQUENCE, min=1, max=spec.max_length)}
     with torch.no_grad(), _quiet():
         program = torch.onnx.export(
             Traceable(model, spec).eval(),
@@ -83,13 +115,46 @@ def export_graph(model: torch.nn.Module, spec: IoSpec, path: Path, opset: int) -
             input_names=[port.name for port in spec.inputs],
             output_names=[port.name for port in spec.outputs],
             dynamo=True,
-            dynamic_shapes=(tuple(axes for _ in spec.inputs),),
+            dynamic_shapes=(_dynamic_shapes(spec),),
             opset_version=opset,
             verbose=False,
         )
     assert program is not None
-    program.save(str(path), external_data=False)
+    _tidy(program.model, spec)
+    size_bytes = sum(weight.const_value.nbytes for weight in program.model.graph.initializers.values()
+                     if weight.const_value is not None)  # fmt: skip
+    ir.save(program.model, path, external_data=data_file(path).name if size_bytes > files.LARGE_BYTES else None)
     onnx.checker.check_model(str(path), full_check=True)
+
+
+def _dynamic_shapes(spec: IoSpec) -> tuple[dict[int, Any], ...]:
+    """For each input its dynamic axes. One that is a sum of two others has no name in torch: it gets its own later."""
+    dims: dict[str, Any] = {
+        BATCH: torch.export.Dim(BATCH, min=1, max=2**15),
+        SEQUENCE: torch.export.Dim(SEQUENCE, min=1, max=spec.max_length),
+        PAST: torch.export.Dim(PAST, min=0, max=spec.max_length),
+        TOTAL: torch.export.Dim.DYNAMIC,
+    }
+    return tuple(
+        {index: dims[axis] for index, axis in enumerate(port.axes) if isinstance(axis, str)} for port in spec.inputs
+    )
+
+
+def _tidy(model: ir.Model, spec: IoSpec) -> None:
+    """Give the dynamic axes that torch named after symbols of its own the spec's names; fixed ones stay fixed.
+
+    Stack traces, which the exporter leaves at every node, go: they hold paths of this machine.
+    """
+    ports = {port.name: port for port in (*spec.inputs, *spec.outputs)}
+    for value in (*model.graph.inputs, *model.graph.outputs):
+        assert value.name is not None and value.shape is not None
+        dims = [
+            axis if isinstance(axis, str) and not isinstance(dim, int) else dim
+            for dim, axis in zip(value.shape, ports[value.name].axes, strict=True)
+        ]
+        value.shape = ir.Shape(dims)
+    for node in model.graph.all_nodes():
+        node.metadata_props.pop("pkg.torch.onnx.stack_trace", None)
 
 
 @contextlib.contextmanager
@@ -120,9 +185,14 @@ def replace_conv1d(module: torch.nn.Module) -> None:
 
 def _example(spec: IoSpec) -> tuple[torch.Tensor, ...]:
     """Inputs to trace with: their values do not matter, their sizes and the padding do."""
-    length = min(_TRACED_LENGTH, spec.max_length)
+    past_length = _TRACED_PAST if spec.cache else 0
+    length = min(_TRACED_LENGTH, spec.max_length - past_length)
     generator = torch.Generator().manual_seed(0)
     ids_BT = torch.randint(0, spec.vocab_size, (_TRACED_BATCH, length), generator=generator)
-    mask_BT = torch.ones_like(ids_BT)
-    mask_BT[1, length // 2 :] = 0
-    return tuple(torch.from_numpy(array) for array in spec.feeds(ids_BT.numpy(), mask_BT.numpy()).values())
+    mask = torch.ones(_TRACED_BATCH, past_length + length, dtype=torch.int64)
+    mask[1, -(length // 2) :] = 0
+    past = None
+    if spec.cache:
+        shape = (_TRACED_BATCH, spec.cache.heads, past_length, spec.cache.head_size)
+        past = {name: np.zeros(shape, dtype=np.float32) for name in spec.cache.past_names}
+    return tuple(torch.from_numpy(array) for array in spec.feeds(ids_BT.numpy(), mask.numpy(), past).values())

@@ -19,7 +19,9 @@ def test_the_chain(tiny_recipe, tmp_path, capsys, architecture):
     tree = tiny_recipe(tmp_path / "run", architecture)
     if architecture == "bert":
         tree["distill"]["student"] = {"architecture": "distilbert", "every": 2}
-    tree["export"] = {"parity": {"shapes": [[3, 9]]}}
+    # A BERT of so few steps gets no masked token right, which leaves it no quality to keep.
+    quality = {"share": 0.9, "sequences": 16} if architecture == "gpt2" else None
+    tree["export"] = {"parity": {"shapes": [[3, 9]]}, "quality": quality}
     tree["bench"] = {
         "backends": ["eager", "onnx_fp32", "onnx_int8"],
         "batch_sizes": [1],
@@ -97,6 +99,9 @@ def assert_opens_elsewhere(run_dir, architecture):
         if "position_ids" in {item.name for item in session.get_inputs()}:
             length = batch["input_ids"].shape[1]
             feeds["position_ids"] = np.arange(length)[None].repeat(2, axis=0)
+        for item in session.get_inputs():  # a decoder's past, of which there is none yet
+            if item.name.startswith("past_key_values."):
+                feeds[item.name] = np.zeros((2, item.shape[1], 0, item.shape[3]), dtype=np.float32)
         (logits,) = session.run(["logits"], feeds)
         expected = model(**{key: value for key, value in batch.items() if key != "token_type_ids"}).logits
         real = batch["attention_mask"].bool().numpy()

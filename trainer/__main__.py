@@ -26,6 +26,7 @@ class Verb:
     what: tuple[str, ...] = ()  # a word before the recipe, one of these
     takes_stages: bool = False  # words after the recipe that are no key=value; then `--dry-run` is the verb's own
     takes_folder: bool = False  # a run folder in place of a recipe
+    elsewhere: Mapping[str, str] = field(default_factory=dict)  # such a word -> the module that does it
 
 
 GPU_NAMES = ("a100-40", "a100-80", "h100", "h200", "b200", "l40s", "rtx4090", "v100")  # planning.hardware's
@@ -47,8 +48,11 @@ VERBS = {
     "distill": Verb("trainer.distill", "a large model to a small one"),
     "verify": Verb(
         "trainer.verify",
-        "prove on this recipe and these ranks that a resumed run equals an unbroken one, or gradients plain fp32's",
-        what=("resume", "gradients"),
+        "prove on this recipe and these ranks that a resumed run equals an unbroken one, gradients plain fp32's, or "
+        "exported models their sources",
+        flags={"--bisect": {"action": "store_true", "help": "export: name the first node at which a form departs"}},
+        what=("resume", "gradients", "export"),
+        elsewhere={"export": "export.verify"},
     ),
     "export": Verb("export.export", "model folders to verified ONNX"),
     "bench": Verb("export.bench", "latency, throughput, memory and quality of every backend"),
@@ -97,8 +101,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             names = [flag.lstrip("-") for flag in verb.flags] + ["what"] * bool(verb.what)
             flags = {name: getattr(arguments, name) for name in names}
             recipe = load_recipe(arguments.recipe, arguments.overrides)
+            module = verb.elsewhere.get(flags.get("what", ""), verb.module)
             with _claimed(arguments.verb, recipe):
-                importlib.import_module(verb.module).run(recipe, **flags)
+                importlib.import_module(module).run(recipe, **flags)
     except UserError as error:
         print(f"lmworks {arguments.verb}: {error}", file=sys.stderr)
         return error.exit_code

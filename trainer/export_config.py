@@ -43,18 +43,75 @@ class Int8Tolerance(Tolerance):
     min_top1: MinTop1 = 0.90
 
 
+class Fp16Tolerance(Tolerance):
+    relative_rms: RelativeRms = 0.01
+    min_top1: MinTop1 = 0.98
+
+
+class Bf16Tolerance(Tolerance):
+    relative_rms: RelativeRms = 0.05
+    min_top1: MinTop1 = 0.95
+
+
+class Int4Tolerance(Tolerance):
+    relative_rms: RelativeRms = 0.2
+    min_top1: MinTop1 = 0.85
+
+
 class Parity(Section):
     """Shapes and thresholds of the gate. Lengths 1 and the model's maximum are always tried."""
 
     fp32: Fp32Tolerance = Fp32Tolerance()
+    fp16: Fp16Tolerance = Fp16Tolerance()
+    bf16: Bf16Tolerance = Bf16Tolerance()
     int8: Int8Tolerance = Int8Tolerance()
+    int8_static: Int8Tolerance = Int8Tolerance()
+    int4: Int4Tolerance = Int4Tolerance()
     shapes: tuple[tuple[PositiveInt, PositiveInt], ...] = ((1, 7), (3, 33), (4, 64), (8, 16))
     """(batch, sequence) pairs beside the edge cases."""
     max_length: PositiveInt = 1024
     """The edge case of a model that takes longer inputs; costs memory of its square."""
 
 
-Precision = Literal["fp32", "int8"]
+class Quality(Section):
+    """The gate on what a model is for: perplexity, or the accuracy on masked tokens, of validation text."""
+
+    share: Share = 0.99
+    """What a form must keep of its source's quality: its accuracy over the source's, or the source's perplexity over
+    its own. Fails if the 95 % bootstrap interval lies below, or is too wide to tell."""
+    sequences: PositiveInt = 256
+    """Rows of text, each a piece of one document."""
+    sequence_length: PositiveInt = 128
+
+
+class Calibration(Section):
+    """Real text on which ranges of values are measured, for `fp16` and `int8_static`; another part than the gate's."""
+
+    method: Literal["minmax", "entropy", "percentile"] = "minmax"
+    """How `int8_static` chooses its ranges: all that was seen, least Kullback-Leibler divergence, or `percentile`."""
+    percentile: Annotated[float, Field(gt=50.0, le=100.0)] = 99.99
+    symmetric: bool = False
+    """`int8_static` with signed activations and no zero points, which is all that TensorRT takes."""
+    batches: PositiveInt = 16
+    batch_size: Annotated[int, Field(ge=2)] = 2
+    """The last row of each batch is padded, as masks show their values only there."""
+    sequence_length: PositiveInt = 64
+    """The longest; others are halves of it, down to 1."""
+
+
+Precision = Literal["fp32", "fp16", "bf16", "int8", "int8_static", "int4"]
+Backend = Literal[
+    "eager", "compile", "onnx_fp32", "onnx_fp16", "onnx_bf16", "onnx_int8", "onnx_int8_static", "onnx_int4"
+]
+# Names that transformers.js looks for (its DEFAULT_DTYPE_SUFFIX_MAPPING), as far as it knows the precision.
+ONNX_FILES: dict[str, str] = {
+    "onnx_fp32": "model.onnx",
+    "onnx_fp16": "model_fp16.onnx",
+    "onnx_bf16": "model_bf16.onnx",
+    "onnx_int8": "model_quantized.onnx",
+    "onnx_int8_static": "model_int8_static.onnx",
+    "onnx_int4": "model_q4.onnx",
+}
 # A folder of this name is replaced as a whole, so it must be one below `export` and no hidden or half-written one.
 ModelName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*(\.[0-9][A-Za-z0-9_-]*)*$")]
 
@@ -66,11 +123,15 @@ class Export(Section):
     """Name to model folder; each is exported to `<run_dir>/export/<name>`. By default `teacher` (pretrain's) and
     `student` (distill's), as far as they exist."""
     variants: Annotated[tuple[Precision, ...], Field(min_length=1)] = ("fp32", "int8")
+    """`int8` quantizes activations as they come, `int8_static` by ranges from `calibration`; `int4` is weights only,
+    for models that generate text. `bf16` needs a provider that runs it."""
+    provider: Literal["CPUExecutionProvider", "CUDAExecutionProvider"] = "CPUExecutionProvider"
+    """ONNX Runtime's, on which the gates run."""
+    calibration: Calibration = Calibration()
     opset: Annotated[int, Field(ge=18, le=23)] = 20
     parity: Parity = Parity()
-
-
-Backend = Literal["eager", "compile", "onnx_fp32", "onnx_int8"]
+    quality: Quality | None = Quality()
+    """Null: tensors alone are compared, as for weights that were never trained."""
 
 
 class Bench(Section):

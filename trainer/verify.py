@@ -236,8 +236,10 @@ def _conclude(
 WHAT = {"resume": resume, "gradients": gradients}
 
 
-def run(recipe: Recipe, what: str) -> None:
+def run(recipe: Recipe, what: str, bisect: bool = False) -> None:
     """Run the proof `what`; GateFailed if it fails."""
+    if bisect:
+        raise UserError(f"verify {what} has no nodes to search", "--bisect with `verify export` only", "leave it out")
     WHAT[what](recipe)
 
 

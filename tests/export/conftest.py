@@ -10,9 +10,12 @@ import torch
 import transformers as hf
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
+from export.io_spec import read_spec
+from export.to_onnx import export_graph, load_model
+
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 VOCABULARY = 300
-MAX_LENGTH = 48
+MAX_LENGTH = 72  # a prompt of 5 and 64 steps fit
 _TEXT = "def add(first, second):\n    return first + second\n\nclass Point:\n    x = 0\n    y = 1\n"
 _IDS = {"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3}
 _BERT = {
@@ -42,7 +45,22 @@ CONFIGS = {
     "modernbert": (hf.ModernBertForMaskedLM, lambda: hf.ModernBertConfig(**_MODERN, **_without(_IDS, "pad_token_id"))),
     "gpt2": (hf.GPT2LMHeadModel, lambda: hf.GPT2Config(**_GPT2, **_without(_IDS, "pad_token_id"))),
     "llama": (hf.LlamaForCausalLM, lambda: hf.LlamaConfig(**_LLAMA, **_without(_IDS, "pad_token_id"))),
+    "mistral": (
+        hf.MistralForCausalLM,
+        lambda: hf.MistralConfig(**_LLAMA, **_without(_IDS, "pad_token_id"), sliding_window=8),
+    ),
+    "qwen2": (hf.Qwen2ForCausalLM, lambda: hf.Qwen2Config(**_LLAMA, **_without(_IDS, "pad_token_id"))),
+    "qwen3": (hf.Qwen3ForCausalLM, lambda: hf.Qwen3Config(**_LLAMA, **_without(_IDS, "pad_token_id"), head_dim=16)),
     "bert_classifier": (hf.BertForSequenceClassification, lambda: hf.BertConfig(num_labels=3, **_BERT)),
+    "bert_features": (hf.BertModel, lambda: hf.BertConfig(**_BERT)),
+    "roberta_tokens": (
+        hf.RobertaForTokenClassification,
+        lambda: hf.RobertaConfig(**{**_BERT, "max_position_embeddings": MAX_LENGTH + 1}, num_labels=5),
+    ),
+    "distilbert_answers": (
+        hf.DistilBertForQuestionAnswering,
+        lambda: hf.DistilBertConfig(max_position_embeddings=MAX_LENGTH, **_DISTIL),
+    ),
 }
 
 
@@ -85,6 +103,23 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path
             build_model(name, seed).save_pretrained(folder)
             build_tokenizer().save_pretrained(folder)
         return folder
+
+    return give
+
+
+@pytest.fixture(scope="session")
+def raw_graph(model_folder, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Gives `model.onnx` of a tiny model by name and seed, exported once. Not to be written to."""
+    root = tmp_path_factory.mktemp("graphs")
+
+    def give(name: str, seed: int = 0) -> Path:
+        path = root / f"{name}-{seed}" / "model.onnx"
+        if not path.exists():
+            path.parent.mkdir()
+            folder = model_folder(name, seed)
+            spec = read_spec(folder)
+            export_graph(load_model(folder, spec), spec, path, 20)
+        return path
 
     return give
 

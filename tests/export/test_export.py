@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from transformers import AutoConfig, AutoTokenizer, BertConfig, BertModel
+from transformers import AutoConfig, AutoTokenizer, BertConfig, BertForMultipleChoice
 
 from export import export as stage
 from export.cases import load_documents
@@ -25,27 +25,45 @@ from trainer.errors import GateFailed, UserError
 from trainer.export_config import Export, Tolerance
 
 # Random weights make near-ties of all logits, so that int8 is judged here by its error alone.
-SETTINGS = Export.model_validate({"parity": {"int8": {"relative_rms": 0.15, "min_top1": 0.0}}})
+LOOSE = {"relative_rms": 0.15, "min_top1": 0.0}
+SETTINGS = Export.model_validate(
+    {
+        "quality": None,
+        "parity": {"int8": LOOSE, "int8_static": LOOSE | {"relative_rms": 0.3}, "int4": LOOSE | {"relative_rms": 0.5}},
+    }
+)
+EVERY = ("fp32", "fp16", "int8", "int8_static")
+
+
+def operators(path):
+    return {node.op_type for node in onnx.load(path).graph.node}
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_architecture_passes_the_gate_and_is_described(name, model_folder, documents, tmp_path):
-    recipe = Recipe(run_dir=tmp_path, export=SETTINGS)
     folder = model_folder(name)
-    target = stage.export_model(recipe, SETTINGS, "m", folder, documents)
+    variants = EVERY + ("int4",) * bool(read_spec(folder).cache)
+    settings = SETTINGS.model_copy(update={"variants": variants})
+    target = stage.export_model(Recipe(run_dir=tmp_path), settings, "m", folder, documents)
     record = read_artifact(target, "onnx")
     assert record["parents"] == {"model": content_hash(folder)}
-    assert [entry["what"] for entry in record["evidence"]] == ["parity_fp32", "parity_int8"]
+    assert [entry["what"] for entry in record["evidence"]] == [f"parity_{variant}" for variant in variants]
     for entry in record["evidence"]:
         assert entry["sha256"] == hash_file(target / entry["file"])
-        assert entry["metrics"]["cases"] == len(entry["cases"]) >= 5
+        assert entry["metrics"]["cases"] == len({case["case"] for case in entry["cases"]}) >= 5
         assert 0 < entry["metrics"]["relative_rms"] < entry["thresholds"]["relative_rms"]
-    assert [case["case"] for case in record["evidence"][0]["cases"]][-1] == f"1x{MAX_LENGTH}"
+    tried = {case["case"] for case in record["evidence"][0]["cases"]}
+    assert f"1x{MAX_LENGTH}" in tried
+    if read_spec(folder).cache:  # a past of all but one token, and as many steps as fit after the prompt
+        assert {f"1x1 after {MAX_LENGTH - 1}", "3x5 and 64 steps", "7x1 after 16 padded left"} <= tried
     raw = onnx.load(target / "model.onnx")
     assert {node.domain for node in raw.graph.node} == {""}
     assert [value.name for value in raw.graph.input] == [port.name for port in read_spec(folder).inputs]
-    quantized = {node.op_type for node in onnx.load(target / "model_quantized.onnx").graph.node}
-    assert "MatMulInteger" in quantized
+    assert "MatMulInteger" in operators(target / "model_quantized.onnx")
+    assert {"QuantizeLinear", "DequantizeLinear"} <= operators(target / "model_int8_static.onnx")
+    assert "MatMulNBits" in operators(target / "model_q4.onnx") if "int4" in variants else True
+    stored = {one.data_type for one in onnx.load(target / "model_fp16.onnx").graph.initializer if len(one.dims) == 2}
+    assert stored - {onnx.TensorProto.INT64} == {onnx.TensorProto.FLOAT16}
     assert AutoConfig.from_pretrained(target).model_type == read_spec(folder).model_type
     assert AutoTokenizer.from_pretrained(target)("a")["input_ids"]
     assert not (target / "model.safetensors").exists()
@@ -53,7 +71,7 @@ def test_every_architecture_passes_the_gate_and_is_described(name, model_folder,
 
 def test_int8_alone_has_no_raw_graph_and_a_quantized_head(model_folder, documents, tmp_path):
     """A tied head is a transposed embedding table: left alone it would stay an fp32 MatMul."""
-    settings = Export(variants=("int8",), parity=SETTINGS.parity)
+    settings = SETTINGS.model_copy(update={"variants": ("int8",)})
     target = stage.export_model(Recipe(run_dir=tmp_path), settings, "m", model_folder("gpt2"), documents)
     assert [file.name for file in target.glob("*.onnx*")] == ["model_quantized.onnx"]
     graph = onnx.load(target / "model_quantized.onnx").graph
@@ -63,15 +81,16 @@ def test_int8_alone_has_no_raw_graph_and_a_quantized_head(model_folder, document
 
 
 def test_a_missed_gate_leaves_nothing_new_behind(model_folder, documents, tmp_path):
-    strict = Export(parity=SETTINGS.parity.model_copy(update={"int8": Tolerance(relative_rms=1e-9)}))
+    strict = Export(quality=None, parity=SETTINGS.parity.model_copy(update={"int8": Tolerance(relative_rms=1e-9)}))
     recipe = Recipe(run_dir=tmp_path)
     with pytest.raises(GateFailed, match=r"m int8 \(model_quantized.onnx\): case .*relative_rms"):
         stage.export_model(recipe, strict, "m", model_folder("bert"), documents)
     assert list((tmp_path / "export").iterdir()) == []
     target = stage.export_model(recipe, SETTINGS, "m", model_folder("bert"), documents)
     before = read_artifact(target)
-    with pytest.raises(GateFailed):
-        stage.export_model(recipe, strict, "m", model_folder("bert", 1), documents)
+    other = strict.model_copy(update={"models": {"m": model_folder("bert", 1)}})
+    with pytest.raises(GateFailed, match=r"(?s)relative_rms.*Do: `lmworks verify export RECIPE --bisect`"):
+        stage.run(Recipe(run_dir=tmp_path, export=other))
     assert read_artifact(target) == before
 
 
@@ -82,9 +101,9 @@ import numpy as np
 from export import export as stage
 from trainer.config import Recipe
 from trainer.export_config import Export
-stage.quantize = lambda raw, quantized: (quantized.write_bytes(b"half"), os._exit(9))
+stage.make_variant = lambda variant, raw, file, *rest: (file.write_bytes(b"half"), os._exit(9))
 documents = [np.arange(5, 200)]
-stage.export_model(Recipe(run_dir=Path(sys.argv[2])), Export(), "m", Path(sys.argv[1]), documents)
+stage.export_model(Recipe(run_dir=Path(sys.argv[2])), Export(quality=None), "m", Path(sys.argv[1]), documents)
 """
 
 
@@ -100,7 +119,9 @@ def test_a_crash_in_the_middle_leaves_no_export(model_folder, documents, tmp_pat
 def test_stage_exports_a_foreign_folder_on_the_standard_librarys_text(model_folder, tmp_path):
     """No prepare section, no shards: the text is Python's own, in the model's own tokens."""
     folder = model_folder("distilbert")
-    recipe = Recipe.model_validate({"run_dir": tmp_path, "export": {"models": {"mine": folder}, "variants": ["fp32"]}})
+    recipe = Recipe.model_validate(
+        {"run_dir": tmp_path, "export": {"models": {"mine": folder}, "variants": ["fp32"], "quality": None}}
+    )
     assert max(len(ids) for ids in load_documents(recipe, folder)) > 100
     stage.run(recipe)
     outputs = open_runner(tmp_path / "export" / "mine", "onnx_fp32", 1).run(
@@ -155,13 +176,15 @@ def test_a_model_with_another_vocabulary_gets_the_validation_text_in_its_own_tok
 
 
 def test_refusals(tmp_path, model_folder, documents):
-    BertModel(BertConfig(hidden_size=8, num_attention_heads=1, num_hidden_layers=1, vocab_size=9)).save_pretrained(
-        tmp_path / "bare"
-    )
+    small = BertConfig(hidden_size=8, num_attention_heads=1, num_hidden_layers=1, vocab_size=9)
+    BertForMultipleChoice(small).save_pretrained(tmp_path / "bare")
+    bert = str(model_folder("bert"))
     cases = [
-        ({"models": {"m": str(tmp_path / "bare")}}, "architecture BertModel .*\n.*BertForMaskedLM"),
+        ({"models": {"m": str(tmp_path / "bare")}}, "architecture BertForMultipleChoice .*\n.*BertForMaskedLM"),
         ({"models": {"m": str(tmp_path / "nothing")}}, "holds no config.json"),
         ({}, "there is no model to export"),
+        ({"models": {"m": bert}, "variants": ["int4"]}, r"int4 of m, a BertForMaskedLM"),
+        ({"models": {"m": bert}, "variants": ["bf16"]}, r"bf16.onnx does not open on CPUExecutionProvider: .*Add"),
     ]
     for section, message in cases:
         with pytest.raises(UserError, match=message):

@@ -8,37 +8,51 @@ import pytest
 
 from export.io_spec import TASKS, read_spec, spec_of
 from export.runners import open_onnx, open_runner, open_torch
-from export.to_onnx import export_graph, load_model, replace_conv1d
+from export.to_onnx import replace_conv1d
 from tests.export.conftest import CONFIGS, MAX_LENGTH, build_model
 from trainer.errors import UserError
 
-THIRD = {"bert": ["token_type_ids"], "gpt2": ["position_ids"], "llama": ["position_ids"]}
+HEADS = {
+    "bert_classifier": {"logits": ("batch_size", 3)},
+    "bert_features": {"last_hidden_state": ("batch_size", "sequence_length", 32)},
+    "roberta_tokens": {"logits": ("batch_size", "sequence_length", 5)},
+    "distilbert_answers": {name: ("batch_size", "sequence_length") for name in ("start_logits", "end_logits")},
+}
+# Layers, heads of keys and values, and their size, as the configs of these tiny models have them.
+CACHES = {"gpt2": (2, 4, 8), "llama": (2, 2, 8), "mistral": (2, 2, 8), "qwen2": (2, 2, 8), "qwen3": (2, 2, 16)}
 
 
 @pytest.fixture(scope="module")
-def exported(model_folder, tmp_path_factory):
+def exported(raw_graph):
     """A raw export of the tiny BERT."""
-    folder = tmp_path_factory.mktemp("exported")
-    spec = read_spec(model_folder("bert"))
-    export_graph(load_model(model_folder("bert"), spec), spec, folder / "model.onnx", 20)
-    return folder
+    return raw_graph("bert").parent
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_spec_follows_optimums_names(name, model_folder):
+    """Names and axes as in optimum's OnnxConfig classes, which cannot be installed beside transformers 5."""
     spec = read_spec(model_folder(name))
-    assert [port.name for port in spec.inputs] == ["input_ids", "attention_mask", *THIRD.get(spec.model_type, [])]
-    assert {port.axes for port in spec.inputs} == {("batch_size", "sequence_length")}
-    classes = ("batch_size", 3) if name == "bert_classifier" else ("batch_size", "sequence_length", 300)
-    assert [(port.name, port.axes) for port in spec.outputs] == [("logits", classes)]
+    length = "past_sequence_length + sequence_length" if name in CACHES else "sequence_length"
+    inputs = {"input_ids": ("batch_size", "sequence_length"), "attention_mask": ("batch_size", length)}
+    outputs = dict(HEADS.get(name, {"logits": ("batch_size", "sequence_length", 300)}))
+    if spec.model_type == "bert":
+        inputs["token_type_ids"] = ("batch_size", "sequence_length")
+    if name in CACHES:
+        inputs["position_ids"] = ("batch_size", "sequence_length")
+        layers, heads, size = CACHES[name]
+        for pair in [f"{layer}.{kind}" for layer in range(layers) for kind in ("key", "value")]:
+            inputs[f"past_key_values.{pair}"] = ("batch_size", heads, "past_sequence_length", size)
+            outputs[f"present.{pair}"] = ("batch_size", heads, length, size)
+    assert [(port.name, port.axes) for port in spec.inputs] == list(inputs.items())
+    assert [(port.name, port.axes) for port in spec.outputs] == list(outputs.items())
     assert spec.max_length == MAX_LENGTH
     assert spec.architecture in TASKS
 
 
 def test_spec_refuses_what_it_does_not_know():
     config = build_model("bert").config
-    config.architectures = ["BertForTokenClassification"]
-    with pytest.raises(UserError, match=r"(?s)BertForTokenClassification .*one of BertForMaskedLM, .*LlamaForCausalLM"):
+    config.architectures = ["BertForMultipleChoice"]
+    with pytest.raises(UserError, match=r"(?s)BertForMultipleChoice .*one of BertForMaskedLM, .*LlamaForCausalLM"):
         spec_of(config)
 
 
@@ -47,6 +61,11 @@ def test_positions_count_real_tokens(model_folder):
     mask_BT = np.array([[0, 0, 1, 1], [1, 1, 1, 0]])
     feeds = spec.feeds(np.ones((2, 4), dtype=np.int64), mask_BT)
     assert feeds["position_ids"].tolist() == [[0, 0, 0, 1], [0, 1, 2, 2]]
+    assert {value.shape for name, value in feeds.items() if name.startswith("past")} == {(2, 4, 0, 8)}
+    past = {name: np.ones((2, 4, 3, 8), dtype=np.float32) for name in spec.cache.past_names}
+    later = spec.feeds(np.ones((2, 1), dtype=np.int64), mask_BT, past)
+    assert later["position_ids"].tolist() == [[1], [2]] and later["attention_mask"].shape == (2, 4)
+    assert list(later) == [port.name for port in spec.inputs] and later["past_key_values.1.value"].shape[2] == 3
 
 
 def test_backends_agree(exported, model_folder):

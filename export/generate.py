@@ -1,0 +1,180 @@
+"""Text token by token over any runner of a decoder: greedy or sampled, batches padded on the left, as a stream.
+Turning text into tokens and back is the caller's, who may also end a stream for its own reasons, such as a stop word.
+
+Shape letters: B batch, T tokens of one step, P tokens before it, V vocabulary.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from export.cache import next_past
+from export.io_spec import IoSpec
+from export.runners import OnnxRunner, Runner
+from trainer.errors import UserError
+
+# Where ONNX Runtime keeps a session's cache; any other provider keeps it on the CPU.
+_DEVICES = {"CUDAExecutionProvider": "cuda"}
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are chosen and when it ends. Names and meanings are those of transformers' GenerationConfig."""
+
+    max_new_tokens: int
+    temperature: float = 0.0
+    """0: always the likeliest token."""
+    top_k: int = 0
+    """Only so many of the likeliest tokens; 0: all of them."""
+    top_p: float = 1.0
+    """Only the fewest tokens that have this much probability together."""
+    eos_token_ids: tuple[int, ...] = ()
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        fine = self.max_new_tokens >= 1 and self.temperature >= 0 and self.top_k >= 0 and 0 < self.top_p <= 1
+        if not fine:
+            raise UserError(
+                f"{self}", "max_new_tokens of at least 1, temperature and top_k of at least 0, top_p in (0, 1]"
+            )
+
+
+class Decoder(Protocol):
+    """One step of a model that keeps its cache where it computes."""
+
+    def advance(self, tokens: Mapping[str, np.ndarray], cache: Any | None) -> tuple[np.ndarray, Any]:
+        """Logits [B, T, V] for the token inputs of `IoSpec.token_feeds`, and the cache of the next step."""
+        ...
+
+
+@dataclass(frozen=True)
+class CopyingDecoder:
+    """Any runner: the cache goes through numpy, which costs a copy a step where it lies on a device."""
+
+    runner: Runner
+    spec: IoSpec
+
+    def advance(self, tokens: Mapping[str, np.ndarray], cache: Any | None) -> tuple[np.ndarray, Any]:
+        assert self.spec.cache is not None
+        past = self.spec.cache.empty(len(tokens["input_ids"])) if cache is None else cache
+        outputs = self.runner.run({**tokens, **past})
+        return outputs["logits"], next_past(self.spec, outputs)
+
+
+@dataclass(frozen=True)
+class BoundDecoder:
+    """ONNX Runtime: what one step puts out is bound as what the next one takes in, where it lies."""
+
+    runner: OnnxRunner
+    spec: IoSpec
+
+    def advance(self, tokens: Mapping[str, np.ndarray], cache: Any | None) -> tuple[np.ndarray, Any]:
+        from onnxruntime import OrtValue
+
+        layout, session = self.spec.cache, self.runner.session
+        assert layout is not None
+        device = _DEVICES.get(session.get_providers()[0], "cpu")
+        if cache is None:
+            empty = layout.empty(len(tokens["input_ids"])).values()
+            cache = [OrtValue.ortvalue_from_numpy(value, device, 0) for value in empty]
+        binding = session.io_binding()
+        for name, value in tokens.items():
+            binding.bind_cpu_input(name, value)
+        for name, value in zip(layout.past_names, cache, strict=True):
+            binding.bind_ortvalue_input(name, value)
+        binding.bind_output("logits", "cpu")
+        for name in layout.present_names:
+            binding.bind_output(name, device)
+        session.run_with_iobinding(binding)
+        logits, *presents = binding.get_outputs()
+        return logits.numpy(), presents
+
+
+def decoder_of(runner: Runner, spec: IoSpec) -> Decoder:
+    """The decoder of a runner; UserError for a model that has no cache."""
+    if spec.cache is None:
+        raise UserError(f"{spec.architecture} does not generate text", "a causal language model", "name another model")
+    return BoundDecoder(runner, spec) if isinstance(runner, OnnxRunner) else CopyingDecoder(runner, spec)
+
+
+def stream(runner: Runner, spec: IoSpec, prompts: Sequence[Sequence[int]], settings: Sampling) -> Iterator[np.ndarray]:
+    """Yields the next token of every prompt, int64 [B]; the padding id for rows that have ended. Ends when all have.
+
+    Raises UserError for an empty prompt, or one that leaves the model no room for the new tokens.
+    """
+    decoder = decoder_of(runner, spec)
+    _check_prompts(spec, prompts, settings)
+    length = max(map(len, prompts))
+    padded = spec.pad([np.asarray(prompt, dtype=np.int64) for prompt in prompts], length, left=True)
+    ids_BT, mask = padded["input_ids"], padded["attention_mask"]
+    random, cache = np.random.default_rng(settings.seed), None
+    going_B = np.ones(len(prompts), dtype=bool)
+    for step in range(settings.max_new_tokens):
+        logits_BTV, cache = decoder.advance(spec.token_feeds(ids_BT, mask), cache)
+        chosen_B = np.where(going_B, choose(logits_BTV[:, -1], settings, random), spec.pad_id)
+        yield chosen_B
+        going_B &= ~np.isin(chosen_B, settings.eos_token_ids)
+        if not going_B.any() or step + 1 == settings.max_new_tokens:
+            return
+        ids_BT = chosen_B[:, None]
+        mask = np.concatenate([mask, np.ones_like(ids_BT)], axis=1)
+
+
+def generate(runner: Runner, spec: IoSpec, prompts: Sequence[Sequence[int]], settings: Sampling) -> list[list[int]]:
+    """The new tokens of each prompt, with the token that ended it, if one did."""
+    taken = np.stack(list(stream(runner, spec, prompts, settings)), axis=1)
+    rows = []
+    for row in taken:
+        ends = np.flatnonzero(np.isin(row, settings.eos_token_ids))
+        rows.append(row[: ends[0] + 1 if len(ends) else None].tolist())
+    return rows
+
+
+def choose(logits_BV: np.ndarray, settings: Sampling, random: np.random.Generator) -> np.ndarray:
+    """A token for each row, int64 [B]."""
+    if settings.temperature == 0:
+        return logits_BV.argmax(axis=1)
+    cumulated_BV = probabilities(logits_BV, settings).cumsum(axis=1)
+    drawn_B1 = random.random((len(logits_BV), 1)) * cumulated_BV[:, -1:]
+    return (cumulated_BV <= drawn_B1).sum(axis=1)
+
+
+def probabilities(logits_BV: np.ndarray, settings: Sampling) -> np.ndarray:
+    """What tokens are drawn with, float64 [B, V]: temperature, then top-k, then top-p, as transformers orders them.
+
+    top-p: Holtzman et al. 2020, "The Curious Case of Neural Text Degeneration".
+    """
+    scores_BV = logits_BV.astype(np.float64) / settings.temperature
+    if 0 < settings.top_k < scores_BV.shape[1]:
+        kth_B1 = np.partition(scores_BV, -settings.top_k, axis=1)[:, -settings.top_k, None]
+        scores_BV = np.where(scores_BV < kth_B1, -np.inf, scores_BV)
+    kept_BV = _softmax(scores_BV)
+    if settings.top_p < 1:
+        order_BV = kept_BV.argsort(axis=1, kind="stable")
+        below_BV = np.take_along_axis(kept_BV, order_BV, axis=1).cumsum(axis=1) <= 1 - settings.top_p
+        below_BV[:, -1] = False  # the likeliest token stays, whatever rounding says
+        rows, places = np.nonzero(below_BV)
+        kept_BV[rows, order_BV[rows, places]] = 0
+    return kept_BV / kept_BV.sum(axis=1, keepdims=True)
+
+
+def _softmax(scores_BV: np.ndarray) -> np.ndarray:
+    raised_BV = np.exp(scores_BV - scores_BV.max(axis=1, keepdims=True))
+    return raised_BV / raised_BV.sum(axis=1, keepdims=True)
+
+
+def _check_prompts(spec: IoSpec, prompts: Sequence[Sequence[int]], settings: Sampling) -> None:
+    if not prompts or not all(len(prompt) for prompt in prompts):
+        raise UserError("a prompt is empty", "at least one token in each", "begin it with the tokenizer's bos token")
+    longest, room = max(map(len, prompts)), spec.max_length
+    if longest + settings.max_new_tokens > room:
+        raise UserError(
+            f"a prompt of {longest} tokens and {settings.max_new_tokens} new ones",
+            f"at most {room} in all, what {spec.architecture} of this size takes",
+            "shorten the prompt or lower max_new_tokens",
+        )
+    outside = [token for prompt in prompts for token in prompt if not 0 <= token < spec.vocab_size]
+    if outside:
+        raise UserError(f"a prompt holds token {outside[0]}", f"ids below {spec.vocab_size}", "mend the tokenizer")

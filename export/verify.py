@@ -1,0 +1,89 @@
+"""`lmworks verify export`: what lies in the export folders is held against its sources anew, and forms that are not
+there are made and held; with --bisect, a form that fails is told with the first node that departs.
+Nothing is written but a report; making exports is `export`'s.
+"""
+
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from export.bisect import Departure, first_departure
+from export.cases import full_rows, load_documents
+from export.gates import Gates
+from export.io_spec import IoSpec, read_spec
+from export.runners import open_onnx, usable_threads
+from export.to_onnx import export_graph, load_model
+from export.variants import calibration_batches, check_variants, make_variant
+from trainer.artifact import write_json
+from trainer.config import Recipe
+from trainer.environment import launch_command
+from trainer.errors import GateFailed, UserError
+from trainer.export_config import ONNX_FILES, Export, Precision
+from trainer.recipe_file import require_section
+
+_BISECTED = (2, 16)  # batch and length, without padding: every position counts
+# Tensors of one and the same precision are apart by their order of addition only; other forms by their tolerance.
+_UNLIMITED_RELATIVE_RMS = 1e-5
+
+
+def run(recipe: Recipe, what: str, bisect: bool = False) -> None:
+    """Check every form that the recipe names; GateFailed, after all were tried, if any fails."""
+    require_section(recipe, "export")
+    assert recipe.export is not None
+    models = recipe.exported_models()
+    if not models:
+        raise UserError("there is no model to verify", "pretrain, distill or export.models", "name one in the recipe")
+    rows = [row for name, folder in models.items() for row in verify_model(recipe, recipe.export, name, folder, bisect)]
+    path = recipe.run_dir / "verify" / f"{what}.json"
+    write_json(path, {"what": f"verify {what}", "command": launch_command(), "rows": rows})
+    failed = [row for row in rows if not row["passed"]]
+    print(f"verify {what}: {len(rows) - len(failed)} of {len(rows)} forms passed; {path}")
+    if failed:
+        raise GateFailed("\n  ".join([f"{what}: {len(failed)} forms fail", *(row["found"] for row in failed)]))
+
+
+def verify_model(recipe: Recipe, settings: Export, name: str, folder: Path, bisect: bool) -> Iterator[dict[str, Any]]:
+    """One row for each form of a model: whether it passed, from which file, and what was found."""
+    spec = read_spec(folder)
+    check_variants(name, spec, settings)
+    documents = load_documents(recipe, folder)
+    gates = Gates(folder, spec, settings, documents, recipe.seed)
+    exported = recipe.stage_dir("export") / name
+    with tempfile.TemporaryDirectory() as scratch:
+        raw = Path(scratch) / ONNX_FILES["onnx_fp32"]
+        wanted: dict[Precision, Path] = {
+            variant: exported / ONNX_FILES[f"onnx_{variant}"] for variant in settings.variants
+        }
+        if bisect or not all(file.is_file() for file in wanted.values()):
+            export_graph(load_model(folder, spec), spec, raw, settings.opset)
+        for variant, file in wanted.items():
+            is_there = file.is_file()
+            if not is_there:
+                batches = calibration_batches(documents, spec, settings.calibration)
+                file = Path(scratch) / file.name
+                make_variant(variant, raw, file, batches, settings.calibration)
+            row = {"model": name, "variant": variant, "file": file.name, "exported": is_there}
+            row |= _held(gates, settings, name, variant, file)
+            if bisect and not row["passed"]:
+                inputs = full_rows(documents, spec, *_BISECTED).inputs
+                row["found"] += f"\n    {_where(gates.spec, settings, variant, raw, file, inputs)}"
+            yield row
+
+
+def _held(gates: Gates, settings: Export, name: str, variant: Precision, file: Path) -> dict[str, Any]:
+    what = f"{name} {variant} ({file.name})"
+    try:
+        evidence = gates.check(what, variant, file, open_onnx(file, usable_threads(), settings.provider))
+    except GateFailed as failure:
+        return {"passed": False, "found": str(failure).replace("\n", "; ")}
+    return {"passed": True, "found": {proof["what"]: proof["metrics"] for proof in evidence}}
+
+
+def _where(spec: IoSpec, settings: Export, variant: Precision, raw: Path, file: Path, inputs: dict[str, Any]) -> str:
+    tolerance = getattr(settings.parity, variant)
+    limit = tolerance.relative_rms or _UNLIMITED_RELATIVE_RMS
+    found: Departure | None = first_departure(raw, file, inputs, limit, usable_threads())
+    if found is None:
+        return f"no inner value departs by more than {limit:g} from a raw graph of {spec.architecture} made anew"
+    return f"first departure: {found}"

@@ -1,0 +1,98 @@
+"""`verify export`: honest exports pass again, a fault is found in the file that holds it and named by its node."""
+
+import json
+import shutil
+
+import numpy as np
+import onnx
+import pytest
+from onnx import numpy_helper
+
+from export.bisect import first_departure
+from export.cases import full_rows
+from export.io_spec import read_spec
+from export.quantize import quantize
+from tests.export.test_variants import plant_overflow
+from trainer.__main__ import main
+from trainer.artifact import hash_file
+
+
+@pytest.fixture(scope="module")
+def bert(model_folder, raw_graph, documents):
+    spec = read_spec(model_folder("bert"))
+    return raw_graph("bert"), full_rows(documents, spec, 2, 16).inputs
+
+
+def scale_weight(path, target, part, factor=1.01):
+    """A copy of a graph with one weight scaled; returns the nodes that read it."""
+    model = onnx.load(path)
+    weight = next(one for one in model.graph.initializer if part in one.name)
+    weight.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(weight) * np.float32(factor), weight.name))
+    onnx.save(model, target)
+    return [node.name for node in model.graph.node if weight.name in node.input]
+
+
+@pytest.mark.parametrize(
+    "part", ["layer.0.output.LayerNorm.weight", "layer.1.attention.self.query.bias", "position_embeddings"]
+)
+def test_the_node_that_reads_a_changed_weight_is_named(bert, part, tmp_path):
+    raw, inputs = bert
+    readers = scale_weight(raw, tmp_path / "faulty.onnx", part)
+    found = first_departure(raw, tmp_path / "faulty.onnx", inputs, 1e-5, 1)
+    assert found is not None and found.node in readers
+    assert found.inputs_relative_rms <= 1e-5 < found.relative_rms
+    if "layer" in part:
+        assert found.module.startswith("model.bert.encoder.layer." + part.split(".")[1])
+
+
+def test_honest_forms_do_not_depart(bert, tmp_path):
+    raw, inputs = bert
+    assert first_departure(raw, raw, inputs, 1e-7, 1) is None
+    quantize(raw, tmp_path / "int8.onnx")
+    assert first_departure(raw, tmp_path / "int8.onnx", inputs, 0.3, 1) is None
+    found = first_departure(raw, tmp_path / "int8.onnx", inputs, 1e-4, 1)
+    assert found is not None and found.relative_rms > 1e-4  # the first product that was quantized
+
+
+def test_a_fault_in_a_quantized_form_is_named(bert, tmp_path):
+    """Its own rounding stays below the limit, the fault does not."""
+    raw, inputs = bert
+    readers = scale_weight(raw, tmp_path / "faulty.onnx", "layer.1.output.LayerNorm.weight", factor=3.0)
+    quantize(tmp_path / "faulty.onnx", tmp_path / "int8.onnx")
+    found = first_departure(raw, tmp_path / "int8.onnx", inputs, 0.3, 1)
+    assert found is not None and found.node in readers
+
+
+def test_an_overflow_is_a_departure(bert, tmp_path):
+    from export.precision import lower
+
+    raw, inputs = bert
+    plant_overflow(raw, tmp_path / "planted.onnx")
+    lower(tmp_path / "planted.onnx", tmp_path / "low.onnx", "fp16", set())
+    found = first_departure(tmp_path / "planted.onnx", tmp_path / "low.onnx", inputs, 0.1, 1)
+    assert found is not None and found.node == "planted_huge" and not found.relative_rms <= 1.0
+
+
+def test_the_verb_holds_what_was_exported_against_its_source(bert, model_folder, raw_graph, tmp_path, capsys):
+    """One form honest, then with a fault in its file; the other was never exported, and is made to be held."""
+    run_dir = tmp_path / "run"
+    recipe = tmp_path / "recipe.yaml"
+    loose = {"int8": {"relative_rms": 0.15, "min_top1": 0.0}, "shapes": [[2, 9]]}
+    export = {"models": {"m": str(model_folder("bert"))}, "quality": None, "parity": loose}
+    recipe.write_text(json.dumps({"run_dir": str(run_dir), "export": export}))
+    exported = run_dir / "export" / "m" / "model.onnx"
+    exported.parent.mkdir(parents=True)
+    shutil.copyfile(raw_graph("bert"), exported)
+    assert main(["verify", "export", str(recipe)]) == 0
+    report = json.loads((run_dir / "verify" / "export.json").read_text())
+    assert [(row["variant"], row["exported"], row["passed"]) for row in report["rows"]] == [
+        ("fp32", True, True),
+        ("int8", False, True),
+    ]
+    readers = scale_weight(exported, exported, "layer.1.output.LayerNorm.weight")
+    before = hash_file(exported)
+    assert main(["verify", "export", str(recipe), "export.variants=[fp32]", "--bisect"]) == 1
+    said = capsys.readouterr().err
+    assert "m fp32 (model.onnx): case " in said and f"first departure: node {readers[0]} (LayerNorm" in said
+    assert hash_file(exported) == before and [file.name for file in exported.parent.iterdir()] == ["model.onnx"]
+    assert main(["verify", "resume", str(recipe), "--bisect"]) == 2
