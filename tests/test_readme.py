@@ -53,12 +53,12 @@ def test_dry_run_of_the_chain_says_what_each_stage_would_do(capsys, tmp_path):
     assert main(["run", "quickstart", f"run_dir={tmp_path}", "--dry-run"]) == 0
     said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("# ")]
     assert [line.split(":")[0] for line in said] == [
-        "# prepare", "# pretrain", "# distill", "# export", "# bench", "# report"
+        "# prepare", "# pretrain", "# distill", "# export", "# bench", "# pack", "# report"
     ]  # fmt: skip
     assert all("would run" in line for line in said)
 
 
-@pytest.mark.parametrize("verb", ["distill", "export", "bench"])
+@pytest.mark.parametrize("verb", ["distill", "export", "bench", "pack"])
 def test_a_missing_section_is_named_alike_by_the_verb_and_its_dry_run(capsys, tmp_path, verb):
     said = []
     for more in ([], ["--dry-run"]):

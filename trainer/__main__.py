@@ -24,6 +24,7 @@ class Verb:
     takes_recipe: bool = True
     flags: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # option -> what argparse is told about it
     what: tuple[str, ...] = ()  # a word before the recipe, one of these
+    folder: str = ""  # name of a folder argument, in place of a recipe
 
 
 GPU_NAMES = ("a100-40", "a100-80", "h100", "h200", "b200", "l40s", "rtx4090", "v100")  # planning.hardware's
@@ -50,6 +51,24 @@ VERBS = {
     ),
     "export": Verb("export.export", "model folders to verified ONNX"),
     "bench": Verb("export.bench", "latency, throughput, memory and quality of every backend"),
+    "pack": Verb("export.pack", "verified exports to a model repository that Triton serves, text in and answer out"),
+    "serve": Verb(
+        "export.serve",
+        "a packed model in a real Triton server on this machine's CPU",
+        takes_recipe=False,
+        folder="packed",
+        flags={
+            "--address": {"default": "127.0.0.1", "help": "address to listen on (default 127.0.0.1)"},
+            "--http-port": {"type": int, "default": 8000, "metavar": "PORT", "help": "default 8000"},
+            "--grpc-port": {"type": int, "default": 8001, "metavar": "PORT", "help": "default 8001"},
+            "--metrics-port": {"type": int, "default": 8002, "metavar": "PORT", "help": "default 8002"},
+            "--environment": {
+                "type": Path,
+                "metavar": "FOLDER",
+                "help": "where the server is installed, once (default ~/.cache/lmworks/triton)",
+            },
+        },
+    ),
     "report": Verb("export.report", "report.html, plots and model cards from what was measured"),
     "doctor": Verb("trainer.doctor", "what this machine has, and what it is usable for", takes_recipe=False),
     "schema": Verb("trainer.schema", "the recipe's JSON Schema, for editors", takes_recipe=False),
@@ -62,18 +81,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     verb = VERBS[arguments.verb]
     try:
         if not verb.takes_recipe:
-            importlib.import_module(verb.module).run()
+            folders = {verb.folder: getattr(arguments, verb.folder)} if verb.folder else {}
+            importlib.import_module(verb.module).run(**folders, **_flags(verb, arguments))
         elif arguments.dry_run:
             recipe = load_recipe(arguments.recipe, arguments.overrides)
             print(dump_recipe(recipe), end="")
             for line in _would(arguments.verb, recipe):
                 print(f"# {line}")
         else:
-            names = [flag.lstrip("-") for flag in verb.flags] + ["what"] * bool(verb.what)
-            flags = {name: getattr(arguments, name) for name in names}
+            what = {"what": arguments.what} if verb.what else {}
             recipe = load_recipe(arguments.recipe, arguments.overrides)
             with _claimed(arguments.verb, recipe):
-                importlib.import_module(verb.module).run(recipe, **flags)
+                importlib.import_module(verb.module).run(recipe, **what, **_flags(verb, arguments))
     except UserError as error:
         print(f"lmworks {arguments.verb}: {error}", file=sys.stderr)
         return error.exit_code
@@ -90,6 +109,11 @@ def stage_main(verb: str) -> None:
     """Entry of `python -m trainer.<verb>` and `accelerate launch -m trainer.<verb>`."""
     ensure_ranks()
     leave(main([verb, *sys.argv[1:]]))
+
+
+def _flags(verb: Verb, arguments: argparse.Namespace) -> dict[str, Any]:
+    names = [flag.lstrip("-").replace("-", "_") for flag in verb.flags]
+    return {name: getattr(arguments, name) for name in names}
 
 
 def _would(verb: str, recipe: Recipe) -> Iterator[str]:
@@ -119,6 +143,8 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     for name, verb in VERBS.items():
         command = commands.add_parser(name, help=verb.does, description=verb.does)
+        if verb.folder:
+            command.add_argument(verb.folder, type=Path, metavar=verb.folder.upper(), help="a folder that pack wrote")
         if verb.takes_recipe:
             if verb.what:
                 command.add_argument("what", choices=verb.what, help="what is proven")
@@ -127,8 +153,8 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument(
                 "--dry-run", action="store_true", help="print the resolved recipe and what would happen"
             )
-            for flag, told in verb.flags.items():
-                command.add_argument(flag, **told)
+        for flag, told in verb.flags.items():
+            command.add_argument(flag, **told)
     return parser
 
 

@@ -35,6 +35,7 @@ STAGES: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
     "distill": ("trainer.distill", ("distill/model",), ("prepare", "pretrain")),
     "export": ("export.export", ("export",), ("prepare", "pretrain", "distill")),
     "bench": ("export.bench", ("bench",), ("prepare", "pretrain", "distill", "export")),
+    "pack": ("export.pack", ("pack",), ("export",)),
 }
 
 

@@ -90,6 +90,28 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path
 
 
 @pytest.fixture(scope="session")
+def exported_folder(model_folder, documents, tmp_path_factory) -> Callable[[str], Path]:
+    """Gives the export folder (fp32 and int8, past the gate) of a tiny model by name, made once; not to be changed."""
+    from export.export import export_model
+    from trainer.config import Recipe
+    from trainer.export_config import Export
+
+    root = tmp_path_factory.mktemp("exported")
+    # Random weights make near-ties of all logits, so that int8 is judged here by its error alone.
+    settings = Export.model_validate({"parity": {"shapes": [[3, 9]], "int8": {"relative_rms": 0.15, "min_top1": 0.0}}})
+
+    def give(name: str) -> Path:
+        folder = root / "export" / name
+        return (
+            folder
+            if folder.exists()
+            else export_model(Recipe(run_dir=root), settings, name, model_folder(name), documents)
+        )
+
+    return give
+
+
+@pytest.fixture(scope="session")
 def documents() -> list[np.ndarray]:
     """Token ids of a few documents of unequal length."""
     tokenizer = build_tokenizer()
