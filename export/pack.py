@@ -5,8 +5,7 @@ Triton's configurations are `triton_config`'s, its Python models `triton_models`
 import json
 import shlex
 import shutil
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +13,15 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from rich.console import Console
 
 from export.export import copy_companions
-from export.hostile import check_folder, check_graph, data_files
-from export.io_spec import IoSpec, read_spec
+from export.hostile import data_files
+from export.io_spec import IoSpec
 from export.triton_config import Names, answer_config, as_text, ensemble_config, network_config, tokenizer_config
 from export.triton_image import RELEASE, triton_image
+from export.verified import Subject, Verified, subjects
 from trainer.__main__ import stage_main
-from trainer.artifact import content_hash, hash_file, hash_tree, read_artifact, staging, versions, write_artifact
+from trainer.artifact import staging, versions, write_artifact
 from trainer.config import Recipe
-from trainer.errors import GateFailed, UserError
+from trainer.errors import UserError
 from trainer.recipe_file import recipe_hash, require_section
 from trainer.serving_config import Pack
 
@@ -39,77 +39,12 @@ HUB_FILES = {
 }
 
 
-@dataclass(frozen=True)
-class Verified:
-    """One variant of an exported model that passed the parity gate."""
-
-    variant: str
-    file: Path
-    evidence: dict[str, Any]
-
-    @property
-    def size_bytes(self) -> int:
-        return sum(path.stat().st_size for path in (self.file, *data_files(self.file)))
-
-
-@dataclass(frozen=True)
-class Subject:
-    """An exported model that may be packed, and what is known of it."""
-
-    name: str
-    folder: Path
-    spec: IoSpec
-    record: dict[str, Any]
-    variants: dict[str, Verified]
-
-
 def run(recipe: Recipe) -> None:
     """Pack every model that the recipe names into `<run_dir>/pack/<name>`; GateFailed for one that is not verified."""
     require_section(recipe, "pack")
     assert recipe.pack is not None
-    models = recipe.exported_models()
-    unknown = [name for name in recipe.pack.models if name not in models]
-    if unknown or not models:
-        raise UserError(
-            f"pack.models names {', '.join(unknown) or 'nothing'}",
-            f"exported models: {', '.join(models) or 'there are none'}",
-            "mend pack.models, or export the model",
-        )
-    names = recipe.pack.models or tuple(models)
-    subjects = [examine(name, recipe.stage_dir("export") / name, models[name]) for name in names]
-    for subject in subjects:
+    for subject in subjects(recipe, "pack", recipe.pack.models):
         pack_model(recipe, recipe.pack, subject)
-
-
-def examine(name: str, exported: Path, model: Path) -> Subject:
-    """Read and check one export folder.
-
-    Raises UserError where there is none, and GateFailed where a file in it is not what passed the gate, or where the
-    model was trained anew since.
-    """
-    record = read_artifact(exported, "onnx")
-    check_folder(exported)
-    if hash_tree(exported) != record["content_sha256"]:
-        raise GateFailed(f"{exported} is not what export left there", "files that passed parity", "export it again")
-    if model.is_dir() and record["parents"].get("model") != content_hash(model):
-        raise GateFailed(f"{exported} was exported from another {model}", "an export of this model", "export it again")
-    variants = {one.variant: one for one in verified_variants(exported, record)}
-    if not variants:
-        raise GateFailed(f"no file in {exported} has passed parity", "evidence of it", "export it again")
-    return Subject(name, exported, read_spec(exported), record, variants)
-
-
-def verified_variants(exported: Path, record: Mapping[str, Any]) -> Iterator[Verified]:
-    """Variants with evidence that names the very bytes of their file; GateFailed for a file of other bytes."""
-    for proof in record["evidence"]:
-        what, _, variant = proof["what"].partition("_")
-        if what != "parity" or "file" not in proof:
-            continue
-        file = exported / proof["file"]
-        if not file.is_file() or hash_file(file) != proof["sha256"]:
-            raise GateFailed(f"{file} is not the file that passed parity", "the file itself", "export it again")
-        check_graph(file)
-        yield Verified(variant, file, proof)
 
 
 def choose_variant(subject: Subject, wanted: str) -> Verified:

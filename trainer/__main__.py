@@ -51,6 +51,7 @@ VERBS = {
     ),
     "export": Verb("export.export", "model folders to verified ONNX"),
     "bench": Verb("export.bench", "latency, throughput, memory and quality of every backend"),
+    "tensorrt": Verb("export.to_tensorrt", "verified exports to TensorRT engines whose precision is read back"),
     "pack": Verb("export.pack", "verified exports to a model repository that Triton serves, text in and answer out"),
     "serve": Verb(
         "export.serve",

@@ -9,7 +9,7 @@ from pydantic import Field, PositiveInt, SerializerFunctionWrapHandler, model_se
 
 from trainer.export_config import Bench, Export
 from trainer.sections import Fraction, NonNegative, Positive, Section, Share
-from trainer.serving_config import Pack
+from trainer.serving_config import Pack, TensorRT
 
 # ---- prepare ---------------------------------------------------------------------------------------------------
 
@@ -395,6 +395,7 @@ class Recipe(Section):
     distill: Distill | None = None
     export: Export | None = None
     bench: Bench | None = None
+    tensorrt: TensorRT | None = None
     pack: Pack | None = None
 
     def stage_dir(self, stage: str) -> Path:

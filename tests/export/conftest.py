@@ -10,6 +10,9 @@ import torch
 import transformers as hf
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
+from export.io_spec import read_spec
+from export.to_onnx import export_graph, load_model
+
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 VOCABULARY = 300
 MAX_LENGTH = 48
@@ -85,6 +88,23 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path
             build_model(name, seed).save_pretrained(folder)
             build_tokenizer().save_pretrained(folder)
         return folder
+
+    return give
+
+
+@pytest.fixture(scope="session")
+def raw_graph(model_folder, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Gives `model.onnx` of a tiny model by name and seed, exported once. Not to be written to."""
+    root = tmp_path_factory.mktemp("graphs")
+
+    def give(name: str, seed: int = 0) -> Path:
+        path = root / f"{name}-{seed}" / "model.onnx"
+        if not path.exists():
+            path.parent.mkdir()
+            folder = model_folder(name, seed)
+            spec = read_spec(folder)
+            export_graph(load_model(folder, spec), spec, path, 20)
+        return path
 
     return give
 

@@ -13,8 +13,8 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from transformers import AutoConfig, AutoTokenizer
 
-from export import pack
-from export.io_spec import BATCH, SEQUENCE, Port, read_spec
+from export import pack, verified
+from export.io_spec import BATCH, SEQUENCE, IoSpec, Port, read_spec
 from export.triton_config import Names, network_config, pbtxt, tokenizer_config
 from export.triton_image import triton_image
 from tests.export.conftest import MAX_LENGTH, VOCABULARY
@@ -115,7 +115,7 @@ def test_a_cache_is_declared_and_begins_empty():
     cache = Port("past_key_values.0.key", "float32", (BATCH, 2, "past_sequence_length", 8))
     token = Port("input_ids", "int64", (BATCH, SEQUENCE))
     out = Port("logits", "float32", (BATCH, SEQUENCE, VOCABULARY))
-    spec = pack.IoSpec("GPT2LMHeadModel", "gpt2", "causal_lm", (token, cache), (out,), MAX_LENGTH, VOCABULARY, 0)
+    spec = IoSpec("GPT2LMHeadModel", "gpt2", "causal_lm", (token, cache), (out,), MAX_LENGTH, VOCABULARY, 0)
     network = network_config(Names("m"), spec, Pack(pad_to_multiple_of=16))
     assert network["input"][1]["dims"] == [2, -1, 8]
     assert [one["value"]["dims"] for one in network["model_warmup"][0]["inputs"]] == [[16], [2, 0, 8]]
@@ -192,7 +192,7 @@ def test_a_failure_in_the_middle_leaves_nothing(recipe, tmp_path, monkeypatch):
 
 def test_a_variant_or_model_that_is_not_there_is_named(recipe, tmp_path, exported_folder):
     one = recipe("bert", variant="fp32")
-    subject = pack.examine("bert", exported_folder("bert"), Path("nowhere"))
+    subject = verified.examine("bert", exported_folder("bert"), Path("nowhere"))
     only_int8 = replace(subject, variants={"int8": subject.variants["int8"]})
     with pytest.raises(UserError, match=r"pack.variant is fp32, which .*[\s\S]*one of int8"):
         pack.pack_model(one, Pack(variant="fp32"), only_int8)
