@@ -12,9 +12,11 @@ from typing import Any
 
 from trainer.errors import GateFailed
 
-# Layer kinds that multiply matrices, as TensorRT (10, 11) and TensorRT-RTX (1.7) name them; the rest (kgen, shape_call,
-# shuffle …) move and add. `runtime_fusion` is a product with what follows it.
+# Layers that multiply matrices, as TensorRT-RTX 1.7 was seen to name them and TensorRT's documentation does: by kind
+# (`runtime_fusion` is a product with what follows it), and fused attention, which is of kind kgen, by name. The others
+# (kgen, shape_call, shuffle …) move and add.
 _MATRIX_KINDS = re.compile(r"gemm|matrix|fc|conv|fusion|mha|attention", re.IGNORECASE)
+_MATRIX_NAMES = re.compile(r"_+(gemm|mha|myl_Fc)")
 # The library's names of types, in either spelling, to ours.
 _TYPES = {
     "float": "fp32",
@@ -73,7 +75,7 @@ class Layer:
 
     @property
     def is_product(self) -> bool:
-        return bool(_MATRIX_KINDS.search(self.kind))
+        return bool(_MATRIX_KINDS.search(self.kind) or _MATRIX_NAMES.match(self.name))
 
     @property
     def weights(self) -> tuple[Operand, ...]:

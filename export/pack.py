@@ -87,7 +87,7 @@ def pack_model(recipe: Recipe, settings: Pack, subject: Subject) -> Path:
             "packed",
             recipe_sha256=recipe_hash(recipe),
             parents={"onnx": subject.record["content_sha256"], **subject.record["parents"]},
-            evidence=[one.evidence for one in subject.variants.values()],
+            evidence=subject.record["evidence"],
             about=about,
         )
     Console(highlight=False).print(

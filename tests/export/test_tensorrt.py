@@ -138,17 +138,26 @@ def test_types_are_read_in_both_spellings():
     """TensorRT 10 writes a tensor's type into its format, TensorRT-RTX beside it; fused products have weights."""
     old = (
         "Name: fc+gelu, LayerType: gemm, Inputs: [ { Name: x, Location: Device, Dimensions: [4,-1,32], "
-        "Format/Datatype: Row major linear FP16 format }], Outputs: [ { Name: y, Dimensions: [4,-1,64], Format/Datatype: "
-        "Half }], ParameterType: FullyConnected, TacticName: t, StreamId: 0, Metadata: [ONNX Layer: a][ONNX Layer: b]"
+        "Format/Datatype: Row major linear FP16 format }], Outputs: [ { Name: y, Dimensions: [4,-1,64], "
+        "Format/Datatype: Half }], ParameterType: FullyConnected, TacticName: t, StreamId: 0, Metadata: [ONNX"
+        " Layer: a][ONNX Layer: b]"
     )
     new = (
-        "Name: __myl_FcAdd_myl0_36, LayerType: runtime_fusion, Inputs: [ { Name: x [profile 1], Dimensions: [1,-1,32], "
-        "Strides: [-1,32,1], StrideOrder: [2,1,0], Datatype: Float, Format: (Linear) Row major }], Constants: [ { "
-        "Name: bias, Dimensions: [1,1,64], Datatype: Half, Format: x }, { Name: w, Dimensions: [1,32,64], Datatype: "
-        "Int8, Format: x }], Outputs: [ { Name: logits, Dimensions: [1,-1,300], Datatype: Float, Format: x }], TacticName: , "
-        "StreamId: 0, Metadata: [ONNX Layer: node_linear]"
+        "Name: __myl_FcAdd_myl0_36, LayerType: runtime_fusion, Inputs: [ { Name: x [profile 1], Dimensions: "
+        "[1,-1,32], Strides: [-1,32,1], StrideOrder: [2,1,0], Datatype: Float, Format: (Linear) Row major }],"
+        " Constants: [ { Name: bias, Dimensions: [1,1,64], Datatype: Half, Format: x }, { Name: w, "
+        "Dimensions: [1,32,64], Datatype: Int8, Format: x }], Outputs: [ { Name: logits, Dimensions: "
+        "[1,-1,300], Datatype: Float, Format: x }], TacticName: , StreamId: 0, Metadata: [ONNX Layer: "
+        "node_linear]"
     )
-    first, second = read_layers(f"Layers:\n{old}\n  {new}\nBindings:\n")
+    attention = (
+        "Name: _gemm_mha_v2_myl1_8, LayerType: kgen, Inputs: [ { Name: q, Dimensions: [4,-1,16], Datatype: "
+        "Half }, { Name: k, Dimensions: [4,16,-1], Datatype: Half }], Constants: [], Outputs: [ { Name: y, "
+        "Dimensions: [4,-1,16], Datatype: Half }], TacticName: _gemm_mha_v2_0x1, StreamId: 0, Metadata: [ONNX"
+        " Layer: node_MatMul_170]"
+    )
+    first, second, third = read_layers(f"Layers:\n{old}\n  {new}\n{attention}\nBindings:\n")
+    assert (third.types, third.is_product) == ({"fp16"}, True)
     assert (first.types, first.nodes, first.is_product) == ({"fp16"}, ("a", "b"), True)
     assert (second.types, [one.dims for one in second.weights]) == ({"int8"}, [(1, 32, 64)])
 
