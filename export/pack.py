@@ -15,7 +15,16 @@ from rich.console import Console
 from export.export import copy_companions
 from export.hostile import data_files
 from export.io_spec import IoSpec
-from export.triton_config import Names, answer_config, as_text, ensemble_config, network_config, tokenizer_config
+from export.triton_config import (
+    Engines,
+    Names,
+    answer_config,
+    as_text,
+    ensemble_config,
+    network_config,
+    tokenizer_config,
+)
+from export.triton_engines import verified_engines
 from export.triton_image import RELEASE, triton_image
 from export.verified import Subject, Verified, subjects
 from trainer.__main__ import stage_main
@@ -66,28 +75,31 @@ def pack_model(recipe: Recipe, settings: Pack, subject: Subject) -> Path:
     if spec.task not in ANSWERED_TASKS:
         raise UserError(f"{subject.name} is a {spec.task} model", f"one of {', '.join(ANSWERED_TASKS)} to answer texts")
     served = choose_variant(subject, settings.variant)
+    engines = None
+    if settings.backend == "tensorrt":
+        engines = verified_engines(recipe.stage_dir("tensorrt") / subject.name, subject, served.variant, settings)
     about = {
         "architecture": spec.architecture,
         "task": spec.task,
         "variant": served.variant,
         "backend": settings.backend,
-        "max_length": spec.max_length,
+        "max_length": _max_length(spec, engines),
         "models": vars(names) | {"tokenizer": names.tokenizer, "answer": names.answer, "ensemble": names.ensemble},
-        "image": settings.image or triton_image(),
+        "image": settings.image or triton_image(engines.library_version if engines else None),
     }
     target = recipe.stage_dir("pack") / subject.name
     with staging(target) as partial:
         tokenizer = _open_tokenizer(subject.folder)
-        write_repository(partial / "models", subject, served, settings, tokenizer)
+        write_repository(partial / "models", subject, served, settings, tokenizer, engines)
         hub_files = write_hub(partial / "hub", subject)
-        example = _example(spec, tokenizer)
-        write_companions(partial, settings, names, about, hub_files, example, target)
+        write_companions(partial, names, about, hub_files, _example(spec, tokenizer), target, engines)
         write_artifact(
             partial,
             "packed",
             recipe_sha256=recipe_hash(recipe),
-            parents={"onnx": subject.record["content_sha256"], **subject.record["parents"]},
-            evidence=subject.record["evidence"],
+            parents={"onnx": subject.record["content_sha256"], **subject.record["parents"]}
+            | ({"engines": engines.content_sha256} if engines else {}),
+            evidence=subject.record["evidence"] + (engines.evidence if engines else []),
             about=about,
         )
     Console(highlight=False).print(
@@ -98,15 +110,27 @@ def pack_model(recipe: Recipe, settings: Pack, subject: Subject) -> Path:
     return target
 
 
-def write_repository(models: Path, subject: Subject, served: Verified, settings: Pack, tokenizer: Any) -> None:
-    """The Triton model repository: the graph, the two Python models around it, and the ensemble of all."""
+def write_repository(
+    models: Path, subject: Subject, served: Verified, settings: Pack, tokenizer: Any, engines: Engines | None = None
+) -> None:
+    """The Triton model repository: the graph or its engines, the two Python models around it, the ensemble of all."""
     spec, names = subject.spec, Names(subject.name)
-    makers = (network_config, tokenizer_config, answer_config, ensemble_config)
-    for name, text in as_text([make(names, spec, settings) for make in makers]).items():
+    configs = [
+        network_config(names, spec, settings, engines),
+        tokenizer_config(names, spec, settings),
+        answer_config(names, spec, settings),
+        ensemble_config(names, spec, settings),
+    ]
+    for name, text in as_text(configs).items():
         (models / name / "1").mkdir(parents=True)
         (models / name / "config.pbtxt").write_text(text, encoding="utf-8")
     (models / names.ensemble / "1" / ".keep").touch()  # Triton wants a version folder, and git no empty one
-    copy_graph(served.file, models / names.network / "1" / "model.onnx")
+    version = models / names.network / "1"
+    if engines is None:
+        copy_graph(served.file, version / "model.onnx")
+    else:
+        for plan in engines.plans.values():
+            shutil.copyfile(plan, version / plan.name)
     inputs = [
         {
             "name": port.name,
@@ -148,12 +172,12 @@ def write_hub(folder: Path, subject: Subject) -> list[str]:
 
 def write_companions(
     folder: Path,
-    settings: Pack,
     names: Names,
     about: Mapping[str, Any],
     hub_files: list[str],
     example: str,
     target: Path,
+    engines: Engines | None,
 ) -> None:
     """What a serving team needs beside the model: client, container, load test, and a page that says how."""
     environment = Environment(
@@ -167,8 +191,9 @@ def write_companions(
         "sdk": RELEASE,
         "folder": shlex.quote(str(target)),
         "example": shlex.quote(example),
-        "gpu": settings.device == "gpu",
-        "tensorrt": "",
+        "gpu": "kind: KIND_GPU" in (folder / "models" / names.network / "config.pbtxt").read_text(encoding="utf-8"),
+        "tensorrt": engines.library_version if engines else "",
+        "library_version": engines.library_number if engines else 0,
         "tokenizers": versions()["tokenizers"],
     }
     written = {
@@ -182,6 +207,10 @@ def write_companions(
     (folder / "client.py").write_text(client, encoding="utf-8")
     load = {"data": [{"TEXT": [" ".join([example] * repeats)]} for repeats in (1, 2, 4)]}
     (folder / "perf_input.json").write_text(json.dumps(load, indent=2) + "\n", encoding="utf-8")
+
+
+def _max_length(spec: IoSpec, engines: Engines | None) -> int:
+    return min(spec.max_length, engines.max_length) if engines else spec.max_length
 
 
 def _open_tokenizer(folder: Path) -> Any:

@@ -7,6 +7,7 @@ Shape letters: B batch, T sequence length. Triton adds B itself, so that it stan
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from export.io_spec import BATCH, IoSpec, Port
@@ -47,6 +48,27 @@ class Names:
         return f"{self.network}_text"
 
 
+@dataclass(frozen=True)
+class Engines:
+    """TensorRT engines of one variant: compute capability ("8.0") to the plan for it, all of the same profiles.
+
+    `max_length`: tokens in a text that every profile takes.
+    """
+
+    plans: Mapping[str, Path]
+    profiles: int
+    max_length: int
+    library_version: str
+    content_sha256: str
+    evidence: list[dict[str, Any]]
+
+    @property
+    def library_number(self) -> int:
+        """The version as TensorRT's own getInferLibVersion() says it (10.13.3: 101303)."""
+        major, minor, patch = (int(part) for part in self.library_version.split(".")[:3])
+        return major * 10000 + minor * 100 + patch
+
+
 class Word(str):
     """An enumerator, which protobuf's text form writes without quotes."""
 
@@ -66,8 +88,8 @@ def pbtxt(message: Mapping[str, Any], indent: str = "") -> str:
     return "".join(lines)
 
 
-def network_config(names: Names, spec: IoSpec, settings: Pack, plans: Mapping[str, str] | None = None) -> Message:
-    """The exported graph. `plans`: compute capability ("8.0") to the plan file for it, in place of an ONNX file."""
+def network_config(names: Names, spec: IoSpec, settings: Pack, engines: Engines | None = None) -> Message:
+    """The exported graph, or engines of it, of which Triton takes the one for its GPU."""
     kind = {"cpu": "KIND_CPU", "gpu": "KIND_GPU"}[settings.device]
     config: Message = {
         "name": names.network,
@@ -79,9 +101,11 @@ def network_config(names: Names, spec: IoSpec, settings: Pack, plans: Mapping[st
         "instance_group": [{"kind": Word(kind), "count": settings.instances}],
         "model_warmup": _warm_up(spec, settings),
     }
-    if plans:
-        config["default_model_filename"] = next(iter(plans.values()))
-        config["cc_model_filenames"] = [{"key": key, "value": file} for key, file in plans.items()]
+    if engines:
+        files = {capability: plan.name for capability, plan in engines.plans.items()}
+        config["default_model_filename"] = next(iter(files.values()))
+        config["cc_model_filenames"] = [{"key": key, "value": file} for key, file in files.items()]
+        config["instance_group"][0]["profile"] = [str(index) for index in range(engines.profiles)]
     return config
 
 

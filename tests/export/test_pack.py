@@ -14,12 +14,13 @@ from onnx import TensorProto, helper, numpy_helper
 from transformers import AutoConfig, AutoTokenizer
 
 from export import pack, verified
+from export.engine_files import Place, plan_name, write_manifest
 from export.io_spec import BATCH, SEQUENCE, IoSpec, Port, read_spec
-from export.triton_config import Names, network_config, pbtxt, tokenizer_config
+from export.triton_config import Names, network_config, tokenizer_config
 from export.triton_image import triton_image
 from tests.export.conftest import MAX_LENGTH, VOCABULARY
 from trainer.__main__ import main
-from trainer.artifact import content_hash, hash_file, hash_tree, read_artifact, write_json
+from trainer.artifact import content_hash, hash_file, hash_tree, read_artifact, write_artifact, write_json
 from trainer.config import Recipe
 from trainer.errors import GateFailed, UserError
 from trainer.serving_config import Pack
@@ -122,13 +123,71 @@ def test_a_cache_is_declared_and_begins_empty():
     assert [port["name"] for port in tokenizer_config(Names("m"), spec, Pack())["output"]] == [token.name, cache.name]
 
 
-def test_engines_are_named_by_compute_capability(exported_folder):
-    spec = read_spec(exported_folder("bert"))
-    settings = Pack(backend="tensorrt", device="gpu")
-    text = pbtxt(network_config(Names("m"), spec, settings, {"8.0": "sm80.plan", "9.0": "sm90.plan"}))
-    assert 'backend: "tensorrt"' in text and "kind: KIND_GPU" in text and 'default_model_filename: "sm80.plan"' in text
-    found = re.findall(r'cc_model_filenames \{\s+key: "(\S+)"\s+value: "(\S+)"\s+\}', text)
-    assert found == [("8.0", "sm80.plan"), ("9.0", "sm90.plan")]
+@pytest.fixture
+def engines(tmp_path, recipe):
+    """Makes an engine folder as the tensorrt stage leaves it where a GPU is; pack reads all but what is in a plan."""
+
+    def make(library: str, *run: str) -> Recipe:
+        made = recipe("bert", variant="fp32", backend="tensorrt", device="gpu", max_batch_size=16)
+        folder, exported = tmp_path / "tensorrt" / "bert", tmp_path / "export" / "bert"
+        folder.mkdir(parents=True)
+        evidence = []
+        for capability in ("8.0", "9.0"):
+            plan = folder / plan_name("fp32", capability)
+            plan.write_bytes(capability.encode() * 100)
+            place = Place(library, "10.11.0.33", capability, "a GPU", "570.0")
+            shapes = [{"input_ids": [[1, 1], [1, 8], [most, 40]]} for most in (1, 16)]
+            write_manifest(plan, place, exported / "model.onnx", {"profiles": shapes})
+            kinds = ["audit", *(["parity"] if capability in run else [])]
+            entry = {"file": plan.name, "sha256": hash_file(plan)}
+            evidence += [{"what": f"{kind}_fp32_{capability}", **entry} for kind in kinds]
+        parents = {"onnx": read_artifact(exported)["content_sha256"]}
+        about = {"library": library, "library_version": "10.11.0.33"}
+        write_artifact(folder, "engines", recipe_sha256="", parents=parents, evidence=evidence, about=about)
+        return made
+
+    return make
+
+
+def test_engines_are_packed_by_compute_capability(engines, tmp_path):
+    pack.run(engines("tensorrt", "8.0", "9.0"))
+    packed = tmp_path / "pack" / "bert"
+    config = read_config(packed / "models" / "bert" / "config.pbtxt")
+    assert config.backend == "tensorrt" and list(config.instance_group[0].profile) == ["0", "1"]
+    assert dict(config.cc_model_filenames) == {"8.0": "model_fp32_sm80.plan", "9.0": "model_fp32_sm90.plan"}
+    for file in config.cc_model_filenames.values():
+        assert hash_file(packed / "models" / "bert" / "1" / file) == hash_file(tmp_path / "tensorrt" / "bert" / file)
+    assert not list((packed / "models" / "bert").rglob("*.onnx"))
+    settings = json.loads((packed / "models" / "bert_tokenize" / "1" / "settings.json").read_text())
+    assert settings["max_length"] == 40  # the engine's, below the model's own
+    record = read_artifact(packed)
+    assert record["about"]["image"] == "nvcr.io/nvidia/tritonserver:25.06-py3"
+    assert record["parents"]["engines"] == read_artifact(tmp_path / "tensorrt" / "bert")["content_sha256"]
+    docker = (packed / "Dockerfile").read_text()
+    assert "FROM nvcr.io/nvidia/tritonserver:25.06-py3" in docker
+    assert "libnvinfer.so.10" in docker and "assert found == 101100" in docker
+    assert "capabilities: [gpu]" in (packed / "compose.yaml").read_text()
+
+
+def test_engines_that_were_not_run_or_that_triton_does_not_read_are_not_packed(engines, tmp_path):
+    one = engines("tensorrt", "8.0")
+    with pytest.raises(GateFailed, match="model_fp32_sm90.plan was not run"):
+        pack.run(one)
+    shutil.rmtree(tmp_path / "export")
+    shutil.rmtree(tmp_path / "tensorrt")
+    one = engines("tensorrt", "8.0", "9.0")
+    with pytest.raises(UserError, match="pack.max_batch_size is 17, model_fp32_sm80.plan takes 16"):
+        pack.run(one.model_copy(update={"pack": one.pack.model_copy(update={"max_batch_size": 17})}))
+    with pytest.raises(UserError, match="has no engine of int8"):
+        pack.run(one.model_copy(update={"pack": one.pack.model_copy(update={"variant": "int8"})}))
+    (tmp_path / "tensorrt" / "bert" / "model_fp32_sm80.plan").write_bytes(b"cut")
+    with pytest.raises(UserError, match="model_fp32_sm80.plan has 3 bytes"):
+        pack.run(one)
+    shutil.rmtree(tmp_path / "export")
+    shutil.rmtree(tmp_path / "tensorrt")
+    with pytest.raises(UserError, match=r"are of tensorrt_rtx[\s\S]*tensorrt.library=tensorrt"):
+        pack.run(engines("tensorrt_rtx", "8.0", "9.0"))
+    assert not (tmp_path / "pack").exists()
 
 
 def test_image_follows_the_engine():
@@ -211,7 +270,7 @@ def test_the_verb_packs_and_says_so(recipe, tmp_path, capsys):
     path.write_text(json.dumps(one.model_dump(mode="json", exclude_none=True)))
     assert main(["pack", str(path)]) == 0
     said = capsys.readouterr().out
-    assert f"gpt2: int8 (0.3 MiB) of fp32, int8, for {triton_image()}; lmworks serve " in said
+    assert re.match(rf"gpt2: int8 \(0.\d MiB\) of fp32, int8, for {triton_image()}; lmworks serve ", said)
 
 
 def test_external_data_travels_with_its_graph(tmp_path):

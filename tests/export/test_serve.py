@@ -165,7 +165,7 @@ def test_texts_without_an_answer_are_refused_by_name(clients, client):
         for model, text, message in (
             ("bert_text", "return first", r"no mask token in the text: write \[MASK\]"),
             ("gpt2_text", "", "a text without tokens"),
-            ("gpt2_text", "x " * 60, f"tokens; the model takes {MAX_LENGTH}"),
+            ("gpt2_text", "x " * 2 * MAX_LENGTH, f"tokens; the model takes {MAX_LENGTH}"),
         ):
             with pytest.raises(Exception, match=message):
                 client.ask(grpc, module, [text], model)
