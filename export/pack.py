@@ -142,7 +142,7 @@ def write_repository(
     reading = {
         "inputs": inputs,
         "pad_id": spec.pad_id,
-        "max_length": spec.max_length,
+        "max_length": _max_length(spec, engines),
         "pad_to_multiple_of": settings.pad_to_multiple_of,
     }
     _python_model(models / names.tokenizer / "1", "tokenize_text.py", reading, tokenizer)
