@@ -83,8 +83,8 @@ class Layer:
 
     @property
     def types(self) -> set[str]:
-        """Types of what is multiplied: the weights, or of two activations both."""
-        return {one.type for one in self.weights or self.inputs}
+        """Types of what is multiplied: the weights, or of two activations both. A mask or an index is no factor."""
+        return {one.type for one in self.weights or self.inputs} - {"bool", "int32", "int64"}
 
 
 def read_layers(text: str) -> list[Layer]:

@@ -151,10 +151,10 @@ def test_types_are_read_in_both_spellings():
         "node_linear]"
     )
     attention = (
-        "Name: _gemm_mha_v2_myl1_8, LayerType: kgen, Inputs: [ { Name: q, Dimensions: [4,-1,16], Datatype: "
-        "Half }, { Name: k, Dimensions: [4,16,-1], Datatype: Half }], Constants: [], Outputs: [ { Name: y, "
-        "Dimensions: [4,-1,16], Datatype: Half }], TacticName: _gemm_mha_v2_0x1, StreamId: 0, Metadata: [ONNX"
-        " Layer: node_MatMul_170]"
+        "Name: _gemm_mha_v2_myl0_7, LayerType: kgen, Inputs: [ { Name: q, Dimensions: [12,-1,64], Datatype: "
+        "Half }, { Name: k, Dimensions: [12,64,-1], Datatype: Half }, { Name: mask, Dimensions: [1,1,-1,-1], "
+        "Datatype: Bool }], Constants: [], Outputs: [ { Name: y, Dimensions: [12,-1,64], Datatype: Half }], "
+        "TacticName: _gemm_mha_v2_0x1, StreamId: 0, Metadata: [ONNX Layer: node_MatMul_170]"
     )
     first, second, third = read_layers(f"Layers:\n{old}\n  {new}\n{attention}\nBindings:\n")
     assert (third.types, third.is_product) == ({"fp16"}, True)
