@@ -203,6 +203,7 @@ def write_companions(
     }
     for name, template in written.items():
         (folder / name).write_text(environment.get_template(template).render(values), encoding="utf-8")
+    (folder / ".dockerignore").write_text("*\n")  # the models are mounted, not copied into the image
     client = (TRITON_MODELS / "client.py").read_text(encoding="utf-8").replace("{{ ensemble }}", names.ensemble)
     (folder / "client.py").write_text(client, encoding="utf-8")
     load = {"data": [{"TEXT": [" ".join([example] * repeats)]} for repeats in (1, 2, 4)]}

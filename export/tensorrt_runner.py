@@ -26,68 +26,84 @@ _NUMPY_NAMES = {
 
 
 @dataclass
-class _Prepared:
-    """Buffers for inputs of one set of shapes, and the captured call on them."""
+class _Bound:
+    """An execution context with the buffers that it reads and writes, and a recording of its call."""
 
+    context: Any
     inputs: dict[str, Any]
     outputs: dict[str, Any]
-    context: Any
     graph: Any = None
 
 
 @dataclass
 class TensorRTRunner:
-    """A loaded engine. `cuda_graphs`: each set of shapes is captured at its first call and replayed from then on."""
+    """A loaded engine. `cuda_graphs`: each set of shapes is recorded at its first call and replayed from then on."""
 
     engine: Any
     inputs: tuple[Port, ...]
     outputs: tuple[Port, ...]
     cuda_graphs: bool = False
-    _prepared: dict[tuple[Any, ...], _Prepared] = field(default_factory=dict)
+    _contexts: dict[int, Any] = field(default_factory=dict)  # by profile
+    _recorded: dict[tuple[Any, ...], _Bound] = field(default_factory=dict)  # by shapes
 
     def run(self, inputs: Mapping[str, np.ndarray]) -> Arrays:
         """All outputs for `inputs`; UserError for shapes that no profile of the engine takes."""
         import torch
 
-        key = tuple(inputs[port.name].shape for port in self.inputs)
-        if key not in self._prepared:
-            if not self.cuda_graphs:
-                self._prepared.clear()  # buffers of one call are kept, captured ones all
-            self._prepared[key] = self._prepare(inputs)
-        prepared = self._prepared[key]
-        for name, buffer in prepared.inputs.items():
-            buffer.copy_(torch.from_numpy(inputs[name]))
-        if prepared.graph is not None:
-            prepared.graph.replay()
+        profile = self._profile(inputs)
+        if self.cuda_graphs:
+            bound = self._replay(profile, inputs)
         else:
-            self._enqueue(prepared.context)
+            if profile not in self._contexts:
+                self._contexts[profile] = self._new_context(profile)
+            bound = self._bind(self._contexts[profile], inputs)
+            self._enqueue(bound.context)
         torch.cuda.current_stream().synchronize()
         return {name: buffer.float().cpu().numpy() if buffer.is_floating_point() else buffer.cpu().numpy()
-                for name, buffer in prepared.outputs.items()}  # fmt: skip
+                for name, buffer in bound.outputs.items()}  # fmt: skip
 
-    def _prepare(self, inputs: Mapping[str, np.ndarray]) -> _Prepared:
+    def _replay(self, profile: int, inputs: Mapping[str, np.ndarray]) -> _Bound:
+        """A recording holds addresses and shapes, so that each has a context of its own."""
+        import torch
+
+        key = tuple(inputs[port.name].shape for port in self.inputs)
+        if key not in self._recorded:
+            bound = self._bind(self._new_context(profile), inputs)
+            bound.graph = self._record(bound.context)
+            self._recorded[key] = bound
+        bound = self._recorded[key]
+        for name, buffer in bound.inputs.items():
+            buffer.copy_(torch.from_numpy(inputs[name]))
+        bound.graph.replay()
+        return bound
+
+    def _new_context(self, profile: int) -> Any:
         import torch
 
         context = self.engine.create_execution_context()
-        context.set_optimization_profile_async(self._profile(inputs), torch.cuda.current_stream().cuda_stream)
+        context.set_optimization_profile_async(profile, torch.cuda.current_stream().cuda_stream)
+        return context
+
+    def _bind(self, context: Any, inputs: Mapping[str, np.ndarray]) -> _Bound:
+        """Give a context its inputs, on the GPU, and room for its outputs."""
+        import torch
+
         given = {port.name: torch.from_numpy(inputs[port.name]).cuda() for port in self.inputs}
         for name, buffer in given.items():
             context.set_input_shape(name, tuple(buffer.shape))
-            context.set_tensor_address(name, buffer.data_ptr())
         missing = context.infer_shapes()
         assert not missing, missing
         made = {}
         for port in self.outputs:
             shape = tuple(context.get_tensor_shape(port.name))
             made[port.name] = torch.empty(shape, dtype=getattr(torch, port.dtype), device="cuda")
-            context.set_tensor_address(port.name, made[port.name].data_ptr())
-        prepared = _Prepared(given, made, context)
-        if self.cuda_graphs:
-            prepared.graph = self._capture(context)
-        return prepared
+        somewhere = torch.empty(1, device="cuda")  # an empty past has no address, and null is none
+        for name, buffer in (given | made).items():
+            context.set_tensor_address(name, buffer.data_ptr() or somewhere.data_ptr())
+        return _Bound(context, given, made)
 
-    def _capture(self, context: Any) -> Any:
-        """A first call compiles and allocates, which a capture may not; the second is recorded."""
+    def _record(self, context: Any) -> Any:
+        """A first call compiles and allocates, which a recording may not; the second is recorded."""
         import torch
 
         stream = torch.cuda.Stream()

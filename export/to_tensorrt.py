@@ -115,6 +115,10 @@ class Builder:
             config.set_flag(flags.VERSION_COMPATIBLE)
         (config.set_flag if settings.tf32 else config.clear_flag)(flags.TF32)
         if settings.hardware_compatibility != "none":
+            if self.ahead_of_time:
+                raise UserError(
+                    "tensorrt.hardware_compatibility is TensorRT's", "none for tensorrt_rtx", "leave it out"
+                )
             level = getattr(self.library.HardwareCompatibilityLevel, settings.hardware_compatibility.upper())
             config.hardware_compatibility_level = level
         if self.ahead_of_time:

@@ -224,6 +224,7 @@ def test_a_failed_audit_and_a_refusal_leave_nothing(recipe, builder, exported_fo
     refusals = {
         r"builds no engine of .*model.onnx for 7.5: .*FP32 GEMM is not supported": {"compute_capabilities": ("7.5",)},
         r"tensorrt_rtx .* does not build for 9.0\nNeeded: one of SM75, SM80": {"compute_capabilities": ("9.0",)},
+        r"tensorrt.hardware_compatibility is TensorRT's": {"hardware_compatibility": "ampere_plus"},
         r"cannot read .*model_quantized.onnx: .*zero point": {"variants": ("int8",)},
         r"tensorrt.variants names int4, which .*\nNeeded: one of fp32, int8": {"variants": ("int4",)},
     }
