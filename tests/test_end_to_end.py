@@ -22,6 +22,7 @@ def test_the_chain(tiny_recipe, tmp_path, capsys, architecture):
     # A BERT of so few steps gets no masked token right, which leaves it no quality to keep.
     quality = {"share": 0.9, "sequences": 16} if architecture == "gpt2" else None
     tree["export"] = {"parity": {"shapes": [[3, 9]]}, "quality": quality}
+    tree["pack"] = {"models": ["student"]}
     tree["bench"] = {
         "backends": ["eager", "onnx_fp32", "onnx_int8"],
         "batch_sizes": [1],
@@ -44,6 +45,8 @@ def test_the_chain(tiny_recipe, tmp_path, capsys, architecture):
         assert summary["speedup"] == pytest.approx(latencies[0] / latencies[1], rel=1e-3)
     assert summary["teacher_loss"] > 0 and summary["student_loss"] > 0 and summary["seconds"] > 0
     assert_opens_elsewhere(run_dir, architecture)
+    packed = read_artifact(run_dir / "pack" / "student", "packed")
+    assert packed["parents"]["onnx"] == read_artifact(run_dir / "export" / "student")["content_sha256"]
 
     assert main(["run", str(recipe)]) == 0
     chain = json.loads((run_dir / "chain.json").read_text())["stages"]

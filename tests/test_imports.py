@@ -19,8 +19,11 @@ WALLS = {
     "onnx": ("export/",),
     "onnxruntime": ("export/",),
     "onnxscript": ("export/",),
-    "tensorrt": ("export/to_tensorrt.py", "export/runners.py"),
-    "tensorrt_rtx": ("export/to_tensorrt.py", "export/runners.py"),
+    "tensorrt": ("export/tensorrt_library.py",),
+    "tensorrt_rtx": ("export/tensorrt_library.py",),
+    # What runs inside the server has its own imports, and lmworks' own code none of them.
+    "triton_python_backend_utils": ("export/triton_models/",),
+    "tritonclient": ("export/triton_models/client.py",),
     "torch.utils.tensorboard": ("trainer/engine/metrics.py",),
     "wandb": ("trainer/engine/metrics.py",),
     "mlflow": ("trainer/engine/metrics.py",),
@@ -34,6 +37,7 @@ LIGHT = (
     "trainer/sections.py",
     "trainer/export_config.py",
     "trainer/slurm_config.py",
+    "trainer/serving_config.py",
     "trainer/errors.py",
     "trainer/artifact.py",
     "trainer/environment.py",
@@ -75,6 +79,7 @@ HEAVY = ("torch", "transformers", "accelerate", "deepspeed", "tokenizers", "onnx
 FLOORS = (
     ("trainer/errors.py", "trainer/sections.py"),
     ("trainer/export_config.py", "trainer/slurm_config.py"),
+    ("trainer/serving_config.py",),
     ("trainer/config.py", "trainer/engine/launch.py", "trainer/engine/zero_facts.py"),
     ("trainer/recipe_file.py", "trainer/artifact.py"),
     ("trainer/environment.py", "trainer/data/"),
@@ -94,8 +99,8 @@ FLOORS = (
     ("trainer/engine/loop.py",),
     ("trainer/session.py",),
 )
-EXPORT_MAY_IMPORT = ("trainer.errors", "trainer.config", "trainer.export_config", "trainer.artifact",
-                     "trainer.recipe_file", "trainer.models",
+EXPORT_MAY_IMPORT = ("trainer.errors", "trainer.config", "trainer.export_config", "trainer.serving_config",
+                     "trainer.artifact", "trainer.recipe_file", "trainer.models",
                      "trainer.data", "trainer.environment", "trainer.__main__")  # fmt: skip
 
 SLURM_MAY_IMPORT = ("trainer.errors", "trainer.sections", "trainer.config", "trainer.slurm_config", "trainer.artifact",
@@ -201,6 +206,7 @@ PLANTED = {
     "from torch import distributed": "trainer/models.py",
     "import torch.distributed as dist": "export/bench.py",
     "import tensorrt": "export/export.py",
+    "import tritonclient.grpc": "export/serve.py",
     "try:\n    import wandb\nexcept ImportError:\n    pass": "trainer/session.py",
 }
 
@@ -230,9 +236,12 @@ def run_and_list_modules(*arguments: str) -> tuple[set[str], str]:
     return set(line.split()[1:]), done.stdout
 
 
-@pytest.mark.parametrize("verb", ["run", "plan", "prepare", "pretrain", "distill", "export", "bench", "report"])
+@pytest.mark.parametrize(
+    "verb", ["run", "plan", "prepare", "pretrain", "distill", "export", "bench", "pack", "tensorrt", "report"]
+)
 def test_dry_run_imports_nothing_heavy(verb):
-    modules, printed = run_and_list_modules(verb, "quickstart", "--dry-run")
+    section = ["tensorrt.tf32=false"] * (verb == "tensorrt")  # quickstart has none: not every machine has the library
+    modules, printed = run_and_list_modules(verb, "quickstart", *section, "--dry-run")
     assert "run_dir: runs/quickstart" in printed
     assert sorted(modules & {*HEAVY, "numpy", "matplotlib", "pyarrow"}) == []
 

@@ -25,10 +25,11 @@ class Verb:
     flags: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # option -> what argparse is told about it
     what: tuple[str, ...] = ()  # a word before the recipe, one of these
     takes_stages: bool = False  # words after the recipe that are no key=value; then `--dry-run` is the verb's own
-    takes_folder: bool = False  # a run folder in place of a recipe
+    folder: str = ""  # name of a folder argument, in place of a recipe
     elsewhere: Mapping[str, str] = field(default_factory=dict)  # such a word -> the module that does it
 
 
+_FOLDERS = {"packed": "a folder that pack wrote", "run_dir": "the recipe's run_dir"}
 GPU_NAMES = ("a100-40", "a100-80", "h100", "h200", "b200", "l40s", "rtx4090", "v100")  # planning.hardware's
 VERBS = {
     "run": Verb("trainer.chain", "run the whole chain of a recipe, skipping stages that are up to date"),
@@ -56,6 +57,25 @@ VERBS = {
     ),
     "export": Verb("export.export", "model folders to verified ONNX"),
     "bench": Verb("export.bench", "latency, throughput, memory and quality of every backend"),
+    "tensorrt": Verb("export.to_tensorrt", "verified exports to TensorRT engines whose precision is read back"),
+    "pack": Verb("export.pack", "verified exports to a model repository that Triton serves, text in and answer out"),
+    "serve": Verb(
+        "export.serve",
+        "a packed model in a real Triton server on this machine's CPU",
+        takes_recipe=False,
+        folder="packed",
+        flags={
+            "--address": {"default": "127.0.0.1", "help": "address to listen on (default 127.0.0.1)"},
+            "--http-port": {"type": int, "default": 8000, "metavar": "PORT", "help": "default 8000"},
+            "--grpc-port": {"type": int, "default": 8001, "metavar": "PORT", "help": "default 8001"},
+            "--metrics-port": {"type": int, "default": 8002, "metavar": "PORT", "help": "default 8002"},
+            "--environment": {
+                "type": Path,
+                "metavar": "FOLDER",
+                "help": "where the server is installed, once (default ~/.cache/lmworks/triton)",
+            },
+        },
+    ),
     "report": Verb("export.report", "report.html, plots and model cards from what was measured"),
     "submit": Verb(
         "slurm.submit",
@@ -71,8 +91,8 @@ VERBS = {
             },
         },
     ),
-    "status": Verb("slurm.status", "the jobs of a run folder", takes_recipe=False, takes_folder=True),
-    "cancel": Verb("slurm.cancel", "end the jobs of a run folder", takes_recipe=False, takes_folder=True),
+    "status": Verb("slurm.status", "the jobs of a run folder", takes_recipe=False, folder="run_dir"),
+    "cancel": Verb("slurm.cancel", "end the jobs of a run folder", takes_recipe=False, folder="run_dir"),
     "doctor": Verb("trainer.doctor", "what this machine has, and what it is usable for", takes_recipe=False),
     "schema": Verb("trainer.schema", "the recipe's JSON Schema, for editors", takes_recipe=False),
 }
@@ -83,14 +103,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parse(argv)
     verb = VERBS[arguments.verb]
     try:
-        if verb.takes_folder:
-            importlib.import_module(verb.module).run(arguments.run_dir)
-        elif not verb.takes_recipe:
-            importlib.import_module(verb.module).run()
+        if not verb.takes_recipe:
+            folders = {verb.folder: getattr(arguments, verb.folder)} if verb.folder else {}
+            importlib.import_module(verb.module).run(**folders, **_flags(verb, arguments))
         elif verb.takes_stages:
             stages = [word for word in arguments.overrides if "=" not in word]
             recipe = load_recipe(arguments.recipe, [word for word in arguments.overrides if "=" in word])
-            flags = {name.lstrip("-"): getattr(arguments, name.lstrip("-")) for name in verb.flags}
+            flags = _flags(verb, arguments)
             importlib.import_module(verb.module).run(recipe, stages=stages, dry_run=arguments.dry_run, **flags)
         elif arguments.dry_run:
             recipe = load_recipe(arguments.recipe, arguments.overrides)
@@ -98,12 +117,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             for line in _would(arguments.verb, recipe):
                 print(f"# {line}")
         else:
-            names = [flag.lstrip("-") for flag in verb.flags] + ["what"] * bool(verb.what)
-            flags = {name: getattr(arguments, name) for name in names}
+            what = {"what": arguments.what} if verb.what else {}
             recipe = load_recipe(arguments.recipe, arguments.overrides)
-            module = verb.elsewhere.get(flags.get("what", ""), verb.module)
+            module = verb.elsewhere.get(what.get("what", ""), verb.module)
             with _claimed(arguments.verb, recipe):
-                importlib.import_module(module).run(recipe, **flags)
+                importlib.import_module(module).run(recipe, **what, **_flags(verb, arguments))
     except UserError as error:
         print(f"lmworks {arguments.verb}: {error}", file=sys.stderr)
         return error.exit_code
@@ -120,6 +138,11 @@ def stage_main(verb: str) -> None:
     """Entry of `python -m trainer.<verb>` and `accelerate launch -m trainer.<verb>`."""
     ensure_ranks()
     leave(main([verb, *sys.argv[1:]]))
+
+
+def _flags(verb: Verb, arguments: argparse.Namespace) -> dict[str, Any]:
+    names = [flag.lstrip("-").replace("-", "_") for flag in verb.flags]
+    return {name: getattr(arguments, name) for name in names}
 
 
 def _would(verb: str, recipe: Recipe) -> Iterator[str]:
@@ -161,8 +184,8 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     for name, verb in VERBS.items():
         command = commands.add_parser(name, help=verb.does, description=verb.does)
-        if verb.takes_folder:
-            command.add_argument("run_dir", type=Path, help="the recipe's run_dir")
+        if verb.folder:
+            command.add_argument(verb.folder, type=Path, metavar=verb.folder.upper(), help=_FOLDERS[verb.folder])
         if verb.takes_recipe:
             if verb.what:
                 command.add_argument("what", choices=verb.what, help="what is proven")
@@ -174,8 +197,8 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument(
                 "--dry-run", action="store_true", help="print the resolved recipe and what would happen"
             )
-            for flag, told in verb.flags.items():
-                command.add_argument(flag, **told)
+        for flag, told in verb.flags.items():
+            command.add_argument(flag, **told)
     return parser
 
 

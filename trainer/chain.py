@@ -35,6 +35,8 @@ STAGES: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
     "distill": ("trainer.distill", ("distill/model",), ("prepare", "pretrain")),
     "export": ("export.export", ("export",), ("prepare", "pretrain", "distill")),
     "bench": ("export.bench", ("bench",), ("prepare", "pretrain", "distill", "export")),
+    "tensorrt": ("export.to_tensorrt", ("tensorrt",), ("export",)),
+    "pack": ("export.pack", ("pack",), ("export", "tensorrt")),
 }
 
 

@@ -1,5 +1,6 @@
 """The schema of a recipe: every key a user may write, with its type, bound, unit and meaning.
-Export's part is in `export_config`; reading YAML is `recipe_file`'s. Nothing here does I/O or imports torch."""
+Export's part is in `export_config`, the server's in `serving_config`; reading YAML is `recipe_file`'s. Nothing here
+does I/O or imports torch."""
 
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -8,6 +9,7 @@ from pydantic import Field, PositiveInt, SerializerFunctionWrapHandler, model_se
 
 from trainer.export_config import Bench, Export
 from trainer.sections import Fraction, NonNegative, Positive, Section, Share
+from trainer.serving_config import Pack, TensorRT
 from trainer.slurm_config import Slurm
 
 # ---- prepare ---------------------------------------------------------------------------------------------------
@@ -400,6 +402,8 @@ class Recipe(Section):
     distill: Distill | None = None
     export: Export | None = None
     bench: Bench | None = None
+    tensorrt: TensorRT | None = None
+    pack: Pack | None = None
     slurm: Slurm | None = None
 
     def stage_dir(self, stage: str) -> Path:

@@ -217,12 +217,13 @@ def _onnxruntime() -> list[Finding]:
 
 def _tensorrt() -> list[Finding]:
     rows = []
-    for package, module in (("tensorrt", "tensorrt"), ("tensorrt-rtx", "tensorrt_rtx")):
+    uses = {"tensorrt": "engines for the GPU that is here", "tensorrt-rtx": "engines without a GPU: 'lmworks[rtx]'"}
+    for package, use in uses.items():
         if _version(package) is None:
-            rows.append(Finding(package, "absent", "not installed", "no stage of this version needs it"))
+            rows.append(Finding(package, "absent", "not installed", use))
             continue
-        importlib.import_module(module)
-        rows.append(Finding(package, "ok", _version(package) or "", "no stage of this version uses it yet"))
+        importlib.import_module(package.replace("-", "_"))
+        rows.append(Finding(package, "ok", _version(package) or "", use))
     return rows
 
 

@@ -30,6 +30,8 @@ _SECTIONS = {
     "distill": "one that says which student",
     "export": "`export: {}` for the defaults",
     "bench": "`bench: {}` for the defaults",
+    "tensorrt": "`tensorrt: {}` for the defaults",
+    "pack": "`pack: {}` for the defaults",
 }
 
 

@@ -125,6 +125,27 @@ def raw_graph(model_folder, tmp_path_factory: pytest.TempPathFactory) -> Callabl
 
 
 @pytest.fixture(scope="session")
+def exported_folder(model_folder, documents, tmp_path_factory) -> Callable[[str], Path]:
+    """Gives the export folder (fp32 and int8, past the gate) of a tiny model by name, made once; not to be changed."""
+    from export.export import export_model
+    from trainer.config import Recipe
+    from trainer.export_config import Export
+
+    root = tmp_path_factory.mktemp("exported")
+    # Random weights make near-ties of all logits, so that int8 is judged here by its error alone.
+    section = {"parity": {"shapes": [[3, 9]], "int8": {"relative_rms": 0.15, "min_top1": 0.0}}, "quality": None}
+    settings = Export.model_validate(section)
+
+    def give(name: str) -> Path:
+        folder = root / "export" / name
+        if not folder.exists():
+            export_model(Recipe(run_dir=root), settings, name, model_folder(name), documents)
+        return folder
+
+    return give
+
+
+@pytest.fixture(scope="session")
 def documents() -> list[np.ndarray]:
     """Token ids of a few documents of unequal length."""
     tokenizer = build_tokenizer()

@@ -1,0 +1,261 @@
+"""The pack stage: verified exports to a folder that a server takes, one for each model.
+Triton's configurations are `triton_config`'s, its Python models `triton_models`'; nothing is run here.
+"""
+
+import json
+import shlex
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from rich.console import Console
+
+from export.export import copy_companions
+from export.hostile import data_files
+from export.io_spec import IoSpec
+from export.triton_config import (
+    Engines,
+    Names,
+    answer_config,
+    as_text,
+    ensemble_config,
+    network_config,
+    tokenizer_config,
+)
+from export.triton_engines import verified_engines
+from export.triton_image import RELEASE, triton_image
+from export.verified import Subject, Verified, subjects
+from trainer.__main__ import stage_main
+from trainer.artifact import staging, versions, write_artifact
+from trainer.config import Recipe
+from trainer.errors import UserError
+from trainer.recipe_file import recipe_hash, require_section
+from trainer.serving_config import Pack
+
+TRITON_MODELS = Path(__file__).parent / "triton_models"
+_TEMPLATES = Path(__file__).parent / "templates"
+# Tasks that have an answer in words; `triton_models/answer_text.py` knows how.
+ANSWERED_TASKS = ("masked_lm", "causal_lm", "classification")
+# Variant to its file's name in transformers.js (its documentation, "Using quantized models"): fp32 and q8 are ours.
+HUB_FILES = {
+    "fp32": "model.onnx",
+    "fp16": "model_fp16.onnx",
+    "int8": "model_quantized.onnx",
+    "int8_static": "model_int8.onnx",
+    "int4": "model_q4.onnx",
+}
+
+
+def run(recipe: Recipe) -> None:
+    """Pack every model that the recipe names into `<run_dir>/pack/<name>`; GateFailed for one that is not verified."""
+    require_section(recipe, "pack")
+    assert recipe.pack is not None
+    for subject in subjects(recipe, "pack", recipe.pack.models):
+        pack_model(recipe, recipe.pack, subject)
+
+
+def choose_variant(subject: Subject, wanted: str) -> Verified:
+    """The variant that is served: the one that is named, or the smallest."""
+    if wanted != "auto":
+        if wanted not in subject.variants:
+            raise UserError(
+                f"pack.variant is {wanted}, which {subject.folder} has not in verified form",
+                f"one of {', '.join(subject.variants)}",
+                "add it to export.variants and export again, or pack another",
+            )
+        return subject.variants[wanted]
+    return min(subject.variants.values(), key=lambda one: one.size_bytes)
+
+
+def pack_model(recipe: Recipe, settings: Pack, subject: Subject) -> Path:
+    """Write the packed folder of one model; returns it. On any failure nothing new is left behind."""
+    spec, names = subject.spec, Names(subject.name)
+    if spec.task not in ANSWERED_TASKS:
+        raise UserError(f"{subject.name} is a {spec.task} model", f"one of {', '.join(ANSWERED_TASKS)} to answer texts")
+    served = choose_variant(subject, settings.variant)
+    engines = None
+    if settings.backend == "tensorrt":
+        engines = verified_engines(recipe.stage_dir("tensorrt") / subject.name, subject, served.variant, settings)
+    about = {
+        "architecture": spec.architecture,
+        "task": spec.task,
+        "variant": served.variant,
+        "backend": settings.backend,
+        "max_length": _max_length(spec, engines),
+        "models": vars(names) | {"tokenizer": names.tokenizer, "answer": names.answer, "ensemble": names.ensemble},
+        "image": settings.image or triton_image(engines.library_version if engines else None),
+    }
+    target = recipe.stage_dir("pack") / subject.name
+    with staging(target) as partial:
+        tokenizer = _open_tokenizer(subject.folder)
+        write_repository(partial / "models", subject, served, settings, tokenizer, engines)
+        hub_files = write_hub(partial / "hub", subject)
+        write_companions(partial, names, about, hub_files, _example(spec, tokenizer), target, engines)
+        write_artifact(
+            partial,
+            "packed",
+            recipe_sha256=recipe_hash(recipe),
+            parents={"onnx": subject.record["content_sha256"], **subject.record["parents"]}
+            | ({"engines": engines.content_sha256} if engines else {}),
+            evidence=subject.record["evidence"] + (engines.evidence if engines else []),
+            about=about,
+        )
+    Console(highlight=False).print(
+        f"{subject.name}: {served.variant} ({served.size_bytes / 2**20:.1f} MiB) of {', '.join(subject.variants)}, "
+        f"for {about['image']}; lmworks serve {target}",
+        soft_wrap=True,
+    )
+    return target
+
+
+def write_repository(
+    models: Path, subject: Subject, served: Verified, settings: Pack, tokenizer: Any, engines: Engines | None = None
+) -> None:
+    """The Triton model repository: the graph or its engines, the two Python models around it, the ensemble of all."""
+    spec, names = subject.spec, Names(subject.name)
+    configs = [
+        network_config(names, spec, settings, engines),
+        tokenizer_config(names, spec, settings),
+        answer_config(names, spec, settings),
+        ensemble_config(names, spec, settings),
+    ]
+    for name, text in as_text(configs).items():
+        (models / name / "1").mkdir(parents=True)
+        (models / name / "config.pbtxt").write_text(text, encoding="utf-8")
+    (models / names.ensemble / "1" / ".keep").touch()  # Triton wants a version folder, and git no empty one
+    version = models / names.network / "1"
+    if engines is None:
+        copy_graph(served.file, version / "model.onnx")
+    else:
+        for plan in engines.plans.values():
+            shutil.copyfile(plan, version / plan.name)
+    inputs = [
+        {
+            "name": port.name,
+            "dtype": port.dtype,
+            "dims": [axis if isinstance(axis, int) else 0 for axis in port.axes[1:]],
+        }
+        for port in spec.inputs
+    ]
+    reading = {
+        "inputs": inputs,
+        "pad_id": spec.pad_id,
+        "max_length": _max_length(spec, engines),
+        "pad_to_multiple_of": settings.pad_to_multiple_of,
+    }
+    _python_model(models / names.tokenizer / "1", "tokenize_text.py", reading, tokenizer)
+    _python_model(models / names.answer / "1", "answer_text.py", _answering(subject, settings, tokenizer), tokenizer)
+
+
+def copy_graph(source: Path, target: Path) -> None:
+    """Copy a graph and the files of its external data, which keep their names, as the graph knows them by these."""
+    shutil.copyfile(source, target)
+    for file in data_files(source):
+        shutil.copyfile(file, target.parent / file.name)
+
+
+def write_hub(folder: Path, subject: Subject) -> list[str]:
+    """Config, tokenizer and every verified variant as transformers.js and text-embeddings-inference look for them."""
+    (folder / "onnx").mkdir(parents=True)
+    copy_companions(subject.folder, folder)
+    if not (folder / "tokenizer.json").is_file():
+        _open_tokenizer(subject.folder).save_pretrained(folder)
+    files = []
+    for variant, one in subject.variants.items():
+        if variant in HUB_FILES:  # they have no name for bf16
+            copy_graph(one.file, folder / "onnx" / HUB_FILES[variant])
+            files.append(HUB_FILES[variant])
+    return files
+
+
+def write_companions(
+    folder: Path,
+    names: Names,
+    about: Mapping[str, Any],
+    hub_files: list[str],
+    example: str,
+    target: Path,
+    engines: Engines | None,
+) -> None:
+    """What a serving team needs beside the model: client, container, load test, and a page that says how."""
+    environment = Environment(
+        loader=FileSystemLoader(_TEMPLATES), undefined=StrictUndefined, keep_trailing_newline=True, autoescape=False
+    )
+    values = {
+        "names": names,
+        "about": about,
+        "hub_files": hub_files,
+        "image": about["image"],
+        "sdk": RELEASE,
+        "folder": shlex.quote(str(target)),
+        "example": shlex.quote(example),
+        "gpu": "kind: KIND_GPU" in (folder / "models" / names.network / "config.pbtxt").read_text(encoding="utf-8"),
+        "tensorrt": engines.library_version if engines else "",
+        "library_version": engines.library_number if engines else 0,
+        "tokenizers": versions()["tokenizers"],
+    }
+    written = {
+        "compose.yaml": "triton_compose.yaml",
+        "Dockerfile": "triton_dockerfile",
+        "README.md": "triton_readme.md",
+    }
+    for name, template in written.items():
+        (folder / name).write_text(environment.get_template(template).render(values), encoding="utf-8")
+    (folder / ".dockerignore").write_text("*\n")  # the models are mounted, not copied into the image
+    client = (TRITON_MODELS / "client.py").read_text(encoding="utf-8").replace("{{ ensemble }}", names.ensemble)
+    (folder / "client.py").write_text(client, encoding="utf-8")
+    load = {"data": [{"TEXT": [" ".join([example] * repeats)]} for repeats in (1, 2, 4)]}
+    (folder / "perf_input.json").write_text(json.dumps(load, indent=2) + "\n", encoding="utf-8")
+
+
+def _max_length(spec: IoSpec, engines: Engines | None) -> int:
+    return min(spec.max_length, engines.max_length) if engines else spec.max_length
+
+
+def _open_tokenizer(folder: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    if not tokenizer.is_fast:
+        raise UserError(
+            f"the tokenizer in {folder} has no tokenizer.json form", "a fast tokenizer: the server has no transformers"
+        )
+    return tokenizer
+
+
+def _python_model(folder: Path, code: str, settings: Mapping[str, Any], tokenizer: Any) -> None:
+    shutil.copyfile(TRITON_MODELS / code, folder / "model.py")
+    (folder / "settings.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    tokenizer.backend_tokenizer.save(str(folder / "tokenizer.json"))
+
+
+def _answering(subject: Subject, settings: Pack, tokenizer: Any) -> dict[str, Any]:
+    answering = {"task": subject.spec.task, "output": subject.spec.outputs[0].name, "top_k": settings.top_k}
+    if subject.spec.task == "masked_lm":
+        if tokenizer.mask_token_id is None:
+            raise UserError(f"the tokenizer in {subject.folder} has no mask token", "one, to be filled")
+        answering |= {"mask_id": tokenizer.mask_token_id, "mask_token": tokenizer.mask_token}
+    if subject.spec.task == "classification":
+        answering |= _classes(subject.folder)
+    return answering
+
+
+def _classes(folder: Path) -> dict[str, Any]:
+    """Labels, and how logits become scores: as transformers' text-classification pipeline does it."""
+    from transformers import AutoConfig
+
+    config: Any = AutoConfig.from_pretrained(folder, local_files_only=True)
+    activation = "softmax" if config.num_labels > 1 else "sigmoid"
+    if config.problem_type in ("regression", "multi_label_classification"):
+        activation = {"regression": "none", "multi_label_classification": "sigmoid"}[config.problem_type]
+    return {"labels": [config.id2label[index] for index in range(config.num_labels)], "activation": activation}
+
+
+def _example(spec: IoSpec, tokenizer: Any) -> str:
+    return f"return first + {tokenizer.mask_token}" if spec.task == "masked_lm" else "return first +"
+
+
+if __name__ == "__main__":
+    stage_main("pack")

@@ -1,0 +1,259 @@
+"""The serve verb: a packed model on this machine's CPU, in the real Triton server that nvidia-pytriton carries.
+The packed folder stays as it is; what differs from a container (its backends) is rewritten in a copy.
+"""
+
+import contextlib
+import platform
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from export.hostile import check_folder, check_graph
+from export.pack import TRITON_MODELS
+from trainer.artifact import hash_tree, read_artifact, staging, versions
+from trainer.errors import GateFailed, UserError
+
+# tritonserver 2.51.0 with the Python backend only. Its Python API is not used, so that its dependencies are left out.
+_SERVER = "nvidia-pytriton==0.7.0"
+_NUMPY = "numpy==1.26.4"  # the server's Python backend crashes on arrays of numpy 2
+_ENVIRONMENT = Path.home() / ".cache" / "lmworks" / "triton"
+_READY_LIMIT_S = 300.0  # assumed: a large model from a slow disk
+_STOP_LIMIT_S = 5.0  # that clients with open connections get
+
+
+@dataclass(frozen=True)
+class Endpoints:
+    """Where the server listens."""
+
+    address: str
+    http_port: int
+    grpc_port: int
+    metrics_port: int
+
+
+def run(
+    packed: Path,
+    address: str = "127.0.0.1",
+    http_port: int = 8000,
+    grpc_port: int = 8001,
+    metrics_port: int = 8002,
+    environment: Path | None = None,
+) -> None:
+    """Serve a packed folder until SIGINT or SIGTERM.
+
+    Raises UserError where the server cannot be installed, a port is taken, or the server ends by itself, and
+    GateFailed for a folder that is not what pack left there.
+    """
+    record = read_packed(packed)
+    endpoints = Endpoints(address, http_port, grpc_port, metrics_port)
+    _check_ports(endpoints)
+    site = ensure_environment(environment or _ENVIRONMENT, record["about"]["image"])
+    with (
+        tempfile.TemporaryDirectory(prefix="lmworks-serve-") as scratch,
+        contextlib.suppress(KeyboardInterrupt),
+        _sigterm_as_interrupt(),
+        serving(packed, site, endpoints, Path(scratch)) as server,
+    ):
+        ensemble = record["about"]["models"]["ensemble"]
+        Console(highlight=False).print(
+            f"{ensemble} answers texts on http://{address}:{http_port} and grpc://{address}:{grpc_port} "
+            f"(metrics on {metrics_port}); ask it with {packed / 'client.py'}; Ctrl-C ends it",
+            soft_wrap=True,
+        )
+        status = server.wait()
+        raise UserError(f"the server ended with status {status}", "a server that runs on", "read its messages above")
+
+
+def read_packed(packed: Path) -> dict[str, Any]:
+    """The record of a packed folder that may be served; UserError or GateFailed for any other."""
+    record = read_artifact(packed, "packed")
+    check_folder(packed)
+    if hash_tree(packed) != record["content_sha256"]:
+        raise GateFailed(f"{packed} is not what pack left there", "the verified files", "pack it again")
+    about = record["about"]
+    if about["backend"] != "onnxruntime":
+        raise UserError(
+            f"{packed} is for Triton's {about['backend']} backend",
+            f"a GPU and {about['image']}",
+            "run `docker compose up` in that folder, or pack with pack.backend=onnxruntime",
+        )
+    check_graph(packed / "models" / about["models"]["network"] / "1" / "model.onnx")
+    return record
+
+
+def ensure_environment(folder: Path, image: str) -> Path:
+    """site-packages of the server's own environment, made once; UserError where it cannot be installed."""
+    wanted = "\n".join(_requirements()) + "\n"
+    site = folder / "lib" / f"python{_python()}" / "site-packages"
+    made = folder / "requirements.txt"
+    if not made.is_file() or made.read_text(encoding="utf-8") != wanted or not site.is_dir():
+        Console(stderr=True, highlight=False).print(
+            f"installing {', '.join(_requirements())} into {folder}, once", soft_wrap=True
+        )
+        with staging(folder) as partial:
+            _install(partial, image)
+            (partial / "requirements.txt").write_text(wanted, encoding="utf-8")
+    return site
+
+
+def write_served(packed: Path, target: Path) -> None:
+    """A model repository for a server that has the Python backend only, from the packed one."""
+    shutil.copytree(packed / "models", target)
+    for config in target.glob("*/config.pbtxt"):
+        text = config.read_text(encoding="utf-8")
+        served = text.replace('backend: "onnxruntime"', 'backend: "python"')
+        if served != text:
+            config.write_text(served.replace("kind: KIND_GPU", "kind: KIND_CPU"), encoding="utf-8")
+            shutil.copyfile(TRITON_MODELS / "run_onnx.py", config.parent / "1" / "model.py")
+
+
+@contextlib.contextmanager
+def serving(packed: Path, site: Path, endpoints: Endpoints, scratch: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """A server that is ready, for as long as the block runs; UserError if it does not become so."""
+    write_served(packed, scratch / "models")
+    triton = site / "pytriton" / "tritonserver"
+    backend = scratch / "backends" / "python"
+    shutil.copytree(triton / "backends" / "python", backend)
+    shutil.copy(triton / "python_backend_stubs" / _python() / "triton_python_backend_stub", backend)
+    server = subprocess.Popen(_command(triton, endpoints, scratch), env=_environment(site), stdin=subprocess.DEVNULL)
+    try:
+        _wait_until_ready(server, endpoints)
+        yield server
+    finally:
+        _stop(server)
+
+
+def _command(triton: Path, endpoints: Endpoints, scratch: Path) -> list[str]:
+    command = [
+        str(triton / "bin" / "tritonserver"),
+        f"--model-repository={scratch / 'models'}",
+        f"--backend-directory={scratch / 'backends'}",
+        "--log-info=false",
+        "--allow-gpu-metrics=false",
+        "--pinned-memory-pool-byte-size=0",
+        f"--exit-timeout-secs={_STOP_LIMIT_S:.0f}",
+    ]
+    for protocol in ("http", "grpc", "metrics"):
+        command.append(f"--{protocol}-port={getattr(endpoints, f'{protocol}_port')}")
+        command.append(f"--{protocol}-address={endpoints.address}")
+    return command
+
+
+def _environment(site: Path) -> dict[str, str]:
+    """Where the server finds its libraries and Python's.
+
+    The Python inside its backend heeds neither PYTHONHOME nor PYTHONPATH; it takes the first `python3` on PATH for
+    itself, and with it the environment that this one belongs to.
+    """
+    return {
+        "PATH": f"{site.parents[2] / 'bin'}:/usr/bin:/bin",
+        "LD_LIBRARY_PATH": f"{site / 'nvidia_pytriton.libs'}:{_libpython().parent}",
+        "TMPDIR": tempfile.gettempdir(),
+    }
+
+
+def _wait_until_ready(server: subprocess.Popen[bytes], endpoints: Endpoints) -> None:
+    until = time.monotonic() + _READY_LIMIT_S
+    while time.monotonic() < until:
+        if server.poll() is not None:
+            raise UserError(
+                f"the server ended with status {server.returncode} as it started",
+                "a model that loads",
+                "read its messages above",
+            )
+        try:
+            urllib.request.urlopen(f"http://{endpoints.address}:{endpoints.http_port}/v2/health/ready").close()
+            return
+        except (urllib.error.URLError, ConnectionError):  # not yet
+            time.sleep(0.1)
+    raise UserError(f"the server is not ready after {_READY_LIMIT_S:.0f} s", "a model that loads", "read its messages")
+
+
+def _stop(server: subprocess.Popen[bytes]) -> None:
+    server.terminate()
+    try:
+        server.wait(2 * _STOP_LIMIT_S)
+    except subprocess.TimeoutExpired:
+        server.kill()
+        server.wait()
+
+
+@contextlib.contextmanager
+def _sigterm_as_interrupt() -> Iterator[None]:
+    """Ended by a service manager, the verb still ends its server."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _check_ports(endpoints: Endpoints) -> None:
+    for port in (endpoints.http_port, endpoints.grpc_port, endpoints.metrics_port):
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((endpoints.address, port))
+            except OSError as error:
+                raise UserError(
+                    f"{endpoints.address}:{port} cannot be listened on: {error.strerror}",
+                    "three free ports",
+                    "give others: --http-port, --grpc-port, --metrics-port",
+                ) from None
+
+
+def _requirements() -> list[str]:
+    installed = versions()
+    pinned = [f"{name}=={installed[name]}" if name in installed else name for name in ("onnxruntime", "tokenizers")]
+    return [_SERVER, _NUMPY, *pinned]
+
+
+def _install(folder: Path, image: str) -> None:
+    """Make an environment of Python's own and put the server into it."""
+    _libpython(image)
+    steps = (
+        [sys.executable, "-m", "venv", str(folder)],
+        [str(folder / "bin" / "python"), "-m", "pip", "install", "--quiet", "--disable-pip-version-check",
+         "--no-deps", "--only-binary", ":all:", *_requirements()],
+    )  # fmt: skip
+    for step in steps:
+        done = subprocess.run(step, capture_output=True, text=True, check=False)
+        if done.returncode:
+            lines = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()]
+            problem = next((line for line in lines if line.startswith("ERROR")), lines[-1] if lines else "no message")
+            raise _no_server(f"{_SERVER} cannot be installed here: {problem}", image)
+
+
+def _libpython(image: str = "") -> Path:
+    """Python's shared library, which the server's Python backend is linked against."""
+    name = f"libpython{_python()}.so.1.0"
+    places = [sysconfig.get_config_var("LIBDIR") or "", f"{sys.base_prefix}/lib"]
+    found = next((Path(place, name) for place in places if Path(place, name).is_file()), None)
+    if found is None:
+        raise _no_server(f"this Python has no {name}", image)
+    return found
+
+
+def _no_server(found: str, image: str) -> UserError:
+    return UserError(
+        f"{found} ({platform.system()} {platform.machine()}, Python {_python()})",
+        "Linux on x86-64 with glibc 2.35, Python 3.11 or 3.12 with its shared library, and a package index",
+        f"run `docker compose up` in the packed folder: it serves the same in {image or 'a container'}",
+    )
+
+
+def _python() -> str:
+    return f"{sys.version_info.major}.{sys.version_info.minor}"

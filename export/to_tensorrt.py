@@ -1,0 +1,315 @@
+"""The tensorrt stage: verified ONNX files to engines, by TensorRT (10, 11) or TensorRT-RTX through their common API.
+Precision is written in the ONNX and read back from the engine by `audit`; running engines is `tensorrt_runner`'s.
+"""
+
+from importlib import util
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import onnx
+from rich.console import Console
+
+from export.audit import audit, read_layers
+from export.cases import load_documents, make_cases
+from export.engine_files import Place, plan_name, write_manifest
+from export.io_spec import BATCH, SEQUENCE, IoSpec, Port
+from export.parity import check_parity
+from export.runners import open_onnx, usable_threads
+from export.tensorrt_library import load_library, messages_of, this_place
+from export.tensorrt_runner import open_engine
+from export.verified import Subject, Verified, subjects
+from trainer.__main__ import stage_main
+from trainer.artifact import hash_file, staging, write_artifact
+from trainer.config import Recipe
+from trainer.environment import gpus, launch_command
+from trainer.errors import GateFailed, UserError
+from trainer.export_config import Export
+from trainer.recipe_file import recipe_hash, require_section
+from trainer.serving_config import Profile, TensorRT
+
+# What TensorRT-RTX 1.7 builds for ahead of time that lmworks' users run: A100, L40S and RTX 40, RTX 50.
+_AHEAD_OF_TIME = ("8.0", "8.9", "12.0")
+_PRODUCTS = ("MatMul", "Gemm", "Conv", "Attention")
+_PAST = "past_sequence_length"
+_KEPT_MESSAGES = 5
+
+
+def run(recipe: Recipe) -> None:
+    """Build engines of every model that the recipe names into `<run_dir>/tensorrt/<name>`.
+
+    Raises GateFailed for an engine that multiplies in another precision than asked, or that differs from its graph on
+    the GPU that is here, and UserError where the library is missing or refuses.
+    """
+    require_section(recipe, "tensorrt")
+    assert recipe.tensorrt is not None
+    found = subjects(recipe, "tensorrt", recipe.tensorrt.models)
+    builder = open_builder(recipe.tensorrt)
+    for subject in found:
+        build_engines(recipe, recipe.tensorrt, builder, subject)
+
+
+class Builder:
+    """One of the two libraries, and the place that it builds at."""
+
+    def __init__(self, name: str) -> None:
+        self.library = load_library(name)
+        self.place = this_place(name, self.library)
+        self.ahead_of_time = name == "tensorrt_rtx"
+
+    def problem(self, path: Path) -> str:
+        """Why the library cannot read a graph, or nothing."""
+        messages = messages_of(self.library)
+        builder = self.library.Builder(messages)
+        _, _, problem = self._parse(builder, messages, path)
+        return problem
+
+    def build(
+        self, path: Path, spec: IoSpec, settings: TensorRT, compute_capability: str, timing: Path | None = None
+    ) -> tuple[bytes, str]:
+        """An engine of a graph file, and the library's description of its layers.
+
+        `timing` is a file of what earlier builds measured, which is read and written. Raises UserError with the
+        library's own words where it refuses.
+        """
+        library, messages = self.library, messages_of(self.library)
+        builder = library.Builder(messages)
+        network, parser, problem = self._parse(builder, messages, path)
+        if problem:
+            raise UserError(f"{library.__name__} {library.__version__} cannot read {path}: {problem}", "such a graph")
+        config = builder.create_builder_config()
+        config.profiling_verbosity = library.ProfilingVerbosity.DETAILED  # or it does not tell types
+        self._set_options(config, settings, compute_capability)
+        cache = self._set_timing(config, timing)
+        for profile in settings.profiles:
+            if config.add_optimization_profile(_profile(builder, spec, profile)) < 0:
+                raise _refused(library, path, compute_capability, messages)
+        plan = builder.build_serialized_network(network, config)
+        del parser  # not before: it owns the weights that the network points to
+        if plan is None:
+            raise _refused(library, path, compute_capability, messages)
+        if cache is not None and timing is not None:
+            timing.write_bytes(bytes(cache.serialize()))
+        return bytes(plan), messages.text()
+
+    def describe(self, plan: bytes) -> str:
+        """The layers of an engine that can be loaded here, as its inspector tells them."""
+        runtime = self.library.Runtime(messages_of(self.library))
+        engine = runtime.deserialize_cuda_engine(plan)
+        if engine is None:
+            raise GateFailed("the engine that was just built cannot be loaded", "one that loads")
+        text: str = engine.create_engine_inspector().get_engine_information(self.library.LayerInformationFormat.ONELINE)
+        return text
+
+    def _parse(self, builder: Any, messages: Any, path: Path) -> tuple[Any, Any, str]:
+        flag = 1 << int(self.library.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
+        network = builder.create_network(flag)
+        parser = self.library.OnnxParser(network, messages)
+        read = parser.parse_from_file(str(path))
+        errors = [parser.get_error(index).desc() for index in range(parser.num_errors)]
+        return network, parser, "" if read else "; ".join(errors) or "it does not say why"
+
+    def _set_options(self, config: Any, settings: TensorRT, compute_capability: str) -> None:
+        flags = self.library.BuilderFlag
+        if settings.version_compatible:
+            config.set_flag(flags.VERSION_COMPATIBLE)
+        (config.set_flag if settings.tf32 else config.clear_flag)(flags.TF32)
+        if settings.hardware_compatibility != "none":
+            if self.ahead_of_time:
+                raise UserError(
+                    "tensorrt.hardware_compatibility is TensorRT's", "none for tensorrt_rtx", "leave it out"
+                )
+            level = getattr(self.library.HardwareCompatibilityLevel, settings.hardware_compatibility.upper())
+            config.hardware_compatibility_level = level
+        if self.ahead_of_time:
+            config.num_compute_capabilities = 1
+            name = f"SM{compute_capability.replace('.', '')}"
+            known = self.library.ComputeCapability.__members__
+            if name not in known:
+                raise UserError(
+                    f"{self.place.library} {self.place.library_version} does not build for {compute_capability}",
+                    f"one of {', '.join(one for one in known if one.startswith('SM'))}",
+                    "mend tensorrt.compute_capabilities",
+                )
+            config.set_compute_capability(known[name], 0)
+
+    def _set_timing(self, config: Any, timing: Path | None) -> Any:
+        """TensorRT measures its kernels once a GPU and version; TensorRT-RTX has nothing to measure."""
+        if self.ahead_of_time or timing is None:
+            return None
+        cache = config.create_timing_cache(timing.read_bytes() if timing.is_file() else b"")
+        config.set_timing_cache(cache, ignore_mismatch=False)
+        return cache
+
+
+def open_builder(settings: TensorRT) -> Builder:
+    """The library that the recipe asks for; auto says which it took and why."""
+    if settings.library != "auto":
+        return Builder(settings.library)
+    has_gpu = bool(gpus())
+    name = "tensorrt" if has_gpu and util.find_spec("tensorrt") else "tensorrt_rtx"
+    why = "a GPU and TensorRT are here" if name == "tensorrt" else "no GPU is here" if not has_gpu else "no TensorRT is"
+    Console(highlight=False).print(f"tensorrt.library auto takes {name}: {why}")
+    return Builder(name)
+
+
+def build_engines(recipe: Recipe, settings: TensorRT, builder: Builder, subject: Subject) -> Path:
+    """Write the engine folder of one model; returns it. On any failure nothing new is left behind."""
+    chosen = choose_variants(settings, builder, subject)
+    target = recipe.stage_dir("tensorrt") / subject.name
+    timing = target.parent / _timing_name(builder.place)
+    evidence = []
+    with staging(target) as partial:
+        for one in chosen:
+            for compute_capability in choose_capabilities(settings, builder):
+                plan, description = builder.build(one.file, subject.spec, settings, compute_capability, timing)
+                path = partial / plan_name(one.variant, compute_capability)
+                path.write_bytes(plan)
+                if builder.place.compute_capability == compute_capability:
+                    description = builder.describe(plan)
+                what = f"{subject.name} {one.variant} for {compute_capability}"
+                layers = read_layers(description)
+                audited = audit(what, one.variant, layers, products(one.file), settings.max_wider_share)
+                about = _about(settings, subject.spec, one.variant, compute_capability) | {"audit": audited}
+                write_manifest(path, builder.place, one.file, about)
+                evidence.append(_evidence("audit", one.variant, compute_capability, path, audited))
+                if builder.place.compute_capability == compute_capability:
+                    proof = prove(recipe, settings, what, subject, one, path)
+                    evidence.append(_evidence("parity", one.variant, compute_capability, path, proof["metrics"]))
+                _tell(what, path, audited)
+        write_artifact(
+            partial,
+            "engines",
+            recipe_sha256=recipe_hash(recipe),
+            parents={"onnx": subject.record["content_sha256"]},
+            evidence=evidence,
+            about={"library": builder.place.library, "library_version": builder.place.library_version},
+        )
+    return target
+
+
+def prove(recipe: Recipe, settings: TensorRT, what: str, subject: Subject, one: Verified, plan: Path) -> dict[str, Any]:
+    """Run an engine on the GPU that is here, on real text within its profiles; evidence that it gives the numbers of
+    the fp32 graph (or of its own, where there is none). GateFailed where it does not."""
+    parity = (recipe.export or Export()).parity
+    most = max(profile.batch_size[2] for profile in settings.profiles)
+    longest = min(parity.max_length, *(profile.sequence_length[2] for profile in settings.profiles))
+    shapes = [shape for shape in parity.shapes if shape[0] <= most and shape[1] <= longest]
+    cases = make_cases(load_documents(recipe, subject.folder), subject.spec, shapes, longest, recipe.seed)
+    source = open_onnx(subject.variants.get("fp32", one).file, usable_threads())
+    expected = [source.run(case.inputs) for case in cases]
+    candidate: Any = open_engine(plan, subject.spec, one.file)
+    return check_parity(what, subject.spec, candidate, cases, expected, getattr(parity, one.variant))
+
+
+def choose_variants(settings: TensorRT, builder: Builder, subject: Subject) -> list[Verified]:
+    """The variants that the recipe names, or those that the library reads; the others are said, with the reason."""
+    missing = [name for name in settings.variants if name not in subject.variants]
+    if missing:
+        raise UserError(
+            f"tensorrt.variants names {', '.join(missing)}, which {subject.folder} has not in verified form",
+            f"one of {', '.join(subject.variants)}",
+            "add it to export.variants and export again",
+        )
+    if settings.variants:
+        return [subject.variants[name] for name in settings.variants]
+    chosen = []
+    for one in subject.variants.values():
+        problem = builder.problem(one.file)
+        if problem:
+            Console(highlight=False).print(f"{subject.name} {one.variant}: no engine: {problem}", soft_wrap=True)
+        else:
+            chosen.append(one)
+    if not chosen:
+        raise UserError(f"{builder.place.library} reads no variant of {subject.name}", "fp32, fp16 or bf16 in export")
+    return chosen
+
+
+def choose_capabilities(settings: TensorRT, builder: Builder) -> tuple[str, ...]:
+    """What engines are built for: the recipe's list, or what the library is for."""
+    if builder.ahead_of_time:
+        return settings.compute_capabilities or _AHEAD_OF_TIME
+    own = builder.place.compute_capability
+    if own is None:
+        raise UserError("TensorRT builds on the GPU that it builds for, and here is none", "a GPU, or tensorrt_rtx")
+    if settings.compute_capabilities not in ((), (own,)):
+        raise UserError(
+            f"tensorrt.compute_capabilities names {', '.join(settings.compute_capabilities)}; this GPU has {own}",
+            "the GPU's own: TensorRT builds for no other",
+            "leave it out, or take tensorrt_rtx",
+        )
+    return (own,)
+
+
+def products(path: Path) -> list[str]:
+    """Nodes of a graph that multiply two matrices."""
+    graph = onnx.load(path, load_external_data=False).graph
+    return [node.name for node in graph.node if node.op_type in _PRODUCTS]
+
+
+def profile_shapes(port: Port, spec: IoSpec, profile: Profile) -> tuple[tuple[int, ...], ...]:
+    """Smallest, best tuned and largest shape of one input. An axis `a + b` is the sum of its parts."""
+    lengths = [min(length, spec.max_length) for length in profile.sequence_length]
+    pasts = [min(length, spec.max_length) for length in profile.past_length]
+    shapes = []
+    for batch, length, past in zip(profile.batch_size, lengths, pasts, strict=True):
+        sizes = {BATCH: batch, SEQUENCE: length, _PAST: past}
+        shapes.append(
+            tuple(
+                axis if isinstance(axis, int) else sum(sizes[part] for part in axis.split(" + ")) for axis in port.axes
+            )
+        )
+    return tuple(shapes)
+
+
+def _profile(builder: Any, spec: IoSpec, profile: Profile) -> Any:
+    made = builder.create_optimization_profile()
+    for port in spec.inputs:
+        made.set_shape(port.name, *profile_shapes(port, spec, profile))
+    return made
+
+
+def _refused(library: ModuleType, path: Path, compute_capability: str, messages: Any) -> UserError:
+    said = "; ".join(messages.errors()[:_KEPT_MESSAGES]) or "it does not say why"
+    return UserError(
+        f"{library.__name__} {library.__version__} builds no engine of {path} for {compute_capability}: {said}",
+        "a graph and a target that it takes",
+    )
+
+
+def _timing_name(place: Place) -> str:
+    gpu = (place.gpu or "none").replace(" ", "-")
+    return f"timing_{place.library_version}_sm{(place.compute_capability or '').replace('.', '')}_{gpu}.cache"
+
+
+def _about(settings: TensorRT, spec: IoSpec, variant: str, compute_capability: str) -> dict[str, Any]:
+    profiles = [{port.name: profile_shapes(port, spec, one) for port in spec.inputs} for one in settings.profiles]
+    return {
+        "variant": variant,
+        "compute_capability": compute_capability,
+        "profiles": profiles,
+        "tf32": settings.tf32,
+        "version_compatible": settings.version_compatible,
+        "hardware_compatibility": settings.hardware_compatibility,
+    }
+
+
+def _evidence(kind: str, variant: str, compute_capability: str, path: Path, metrics: Any) -> dict[str, Any]:
+    return {
+        "what": f"{kind}_{variant}_{compute_capability}",
+        "file": path.name,
+        "sha256": hash_file(path),
+        "command": launch_command(),
+        "metrics": metrics,
+    }
+
+
+def _tell(what: str, path: Path, audited: dict[str, Any]) -> None:
+    types = ", ".join(f"{count} in {name}" for name, count in audited["types"].items())
+    Console(highlight=False).print(
+        f"{what}: {path.stat().st_size / 2**20:.1f} MiB; matrix layers read back: {types}", soft_wrap=True
+    )
+
+
+if __name__ == "__main__":
+    stage_main("tensorrt")

@@ -1,0 +1,210 @@
+"""Triton's model configurations (config.pbtxt) of one packed model, as text made from the model's IoSpec.
+Files and folders are `pack`'s; what the Python models do is in `triton_models`.
+
+Shape letters: B batch, T sequence length. Triton adds B itself, so that it stands in no `dims`.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from export.io_spec import BATCH, IoSpec, Port
+from trainer.errors import UserError
+from trainer.serving_config import Pack
+
+TEXT, ANSWER = "TEXT", "ANSWER"
+# What the answering model reads beside the network's outputs.
+TOKEN_PORTS = ("input_ids", "attention_mask")
+_TYPES = {
+    "bool": "TYPE_BOOL",
+    "int32": "TYPE_INT32",
+    "int64": "TYPE_INT64",
+    "float16": "TYPE_FP16",
+    "bfloat16": "TYPE_BF16",
+    "float32": "TYPE_FP32",
+}
+_TEXT_PORT = {"data_type": "TYPE_STRING", "dims": [1]}
+Message = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Names:
+    """Names of the four models that serve one exported model."""
+
+    network: str
+
+    @property
+    def tokenizer(self) -> str:
+        return f"{self.network}_tokenize"
+
+    @property
+    def answer(self) -> str:
+        return f"{self.network}_answer"
+
+    @property
+    def ensemble(self) -> str:
+        return f"{self.network}_text"
+
+
+@dataclass(frozen=True)
+class Engines:
+    """TensorRT engines of one variant: compute capability ("8.0") to the plan for it, all of the same profiles.
+
+    `max_length`: tokens in a text that every profile takes.
+    """
+
+    plans: Mapping[str, Path]
+    profiles: int
+    max_length: int
+    library_version: str
+    content_sha256: str
+    evidence: list[dict[str, Any]]
+
+    @property
+    def library_number(self) -> int:
+        """The version as TensorRT's own getInferLibVersion() says it (10.13.3: 101303)."""
+        major, minor, patch = (int(part) for part in self.library_version.split(".")[:3])
+        return major * 10000 + minor * 100 + patch
+
+
+class Word(str):
+    """An enumerator, which protobuf's text form writes without quotes."""
+
+
+def pbtxt(message: Mapping[str, Any], indent: str = "") -> str:
+    """Protobuf's text form of nested mappings; a list is a repeated field."""
+    lines = []
+    for key, value in message.items():
+        if isinstance(value, Mapping):
+            lines.append(f"{indent}{key} {{\n{pbtxt(value, indent + '  ')}{indent}}}\n")
+        elif isinstance(value, list) and value and isinstance(value[0], Mapping):
+            lines += [pbtxt({key: one}, indent) for one in value]
+        elif isinstance(value, list):
+            lines.append(f"{indent}{key}: [{', '.join(_scalar(one) for one in value)}]\n")
+        else:
+            lines.append(f"{indent}{key}: {_scalar(value)}\n")
+    return "".join(lines)
+
+
+def network_config(names: Names, spec: IoSpec, settings: Pack, engines: Engines | None = None) -> Message:
+    """The exported graph, or engines of it, of which Triton takes the one for its GPU."""
+    kind = {"cpu": "KIND_CPU", "gpu": "KIND_GPU"}[settings.device]
+    config: Message = {
+        "name": names.network,
+        "backend": settings.backend,
+        "max_batch_size": settings.max_batch_size,
+        "input": [_port(port) for port in spec.inputs],
+        "output": [_port(port) for port in spec.outputs],
+        "dynamic_batching": _batching(settings),
+        "instance_group": [{"kind": Word(kind), "count": settings.instances}],
+        "model_warmup": _warm_up(spec, settings),
+    }
+    if engines:
+        files = {capability: plan.name for capability, plan in engines.plans.items()}
+        config["default_model_filename"] = next(iter(files.values()))
+        config["cc_model_filenames"] = [{"key": key, "value": file} for key, file in files.items()]
+        config["instance_group"][0]["profile"] = [str(index) for index in range(engines.profiles)]
+    return config
+
+
+def tokenizer_config(names: Names, spec: IoSpec, settings: Pack) -> Message:
+    """Text to all inputs of the network."""
+    return _python_model(names.tokenizer, settings, [_text(TEXT)], [_port(port) for port in spec.inputs])
+
+
+def answer_config(names: Names, spec: IoSpec, settings: Pack) -> Message:
+    """The network's first output, and the tokens it was given, to an answer in JSON."""
+    inputs = [_port(port) for port in (*_token_ports(spec), spec.outputs[0])]
+    return _python_model(names.answer, settings, inputs, [_text(ANSWER)])
+
+
+def ensemble_config(names: Names, spec: IoSpec, settings: Pack) -> Message:
+    """Text in, answer out."""
+    fed = {port.name: port.name for port in spec.inputs}
+    logits = spec.outputs[0].name
+    read = {port.name: port.name for port in _token_ports(spec)} | {logits: logits}
+    steps = [
+        _step(names.tokenizer, {TEXT: TEXT}, fed),
+        _step(names.network, fed, {logits: logits}),
+        _step(names.answer, read, {ANSWER: ANSWER}),
+    ]
+    return {
+        "name": names.ensemble,
+        "platform": "ensemble",
+        "max_batch_size": settings.max_batch_size,
+        "input": [_text(TEXT)],
+        "output": [_text(ANSWER)],
+        "ensemble_scheduling": {"step": steps},
+    }
+
+
+def _python_model(name: str, settings: Pack, inputs: list[Message], outputs: list[Message]) -> Message:
+    return {
+        "name": name,
+        "backend": "python",
+        "max_batch_size": settings.max_batch_size,
+        "input": inputs,
+        "output": outputs,
+        "dynamic_batching": _batching(settings),
+        "instance_group": [{"kind": Word("KIND_CPU"), "count": 1}],
+    }
+
+
+def _step(model: str, inputs: Mapping[str, str], outputs: Mapping[str, str]) -> Message:
+    return {
+        "model_name": model,
+        "model_version": -1,
+        "input_map": [{"key": key, "value": value} for key, value in inputs.items()],
+        "output_map": [{"key": key, "value": value} for key, value in outputs.items()],
+    }
+
+
+def _batching(settings: Pack) -> Message:
+    return {"max_queue_delay_microseconds": round(settings.max_queue_delay_ms * 1000)}
+
+
+def _warm_up(spec: IoSpec, settings: Pack) -> list[Message]:
+    """Zeros of the shortest shape, alone and in the largest batch: the first call allocates, later ones are quick."""
+    free = min(settings.pad_to_multiple_of, spec.max_length)
+    inputs = [
+        {"key": port.name, "value": {**_port(port), "dims": _fixed(port, free), "zero_data": True}}
+        for port in spec.inputs
+    ]
+    for one in inputs:
+        del one["value"]["name"]
+    sizes = dict.fromkeys((1, settings.max_batch_size))
+    return [{"name": f"batch_{size}", "batch_size": size, "inputs": inputs} for size in sizes]
+
+
+def _fixed(port: Port, length: int) -> list[int]:
+    """A port's dims where T is `length`; every other free axis, which is that of a cache, is empty."""
+    token = len(port.axes) == 2
+    return [axis if isinstance(axis, int) else length if token else 0 for axis in port.axes[1:]]
+
+
+def _token_ports(spec: IoSpec) -> list[Port]:
+    return [port for port in spec.inputs if port.name in TOKEN_PORTS]
+
+
+def _text(name: str) -> Message:
+    return {"name": name, **{key: Word(value) if key == "data_type" else value for key, value in _TEXT_PORT.items()}}
+
+
+def _port(port: Port) -> Message:
+    if port.axes[0] != BATCH or port.dtype not in _TYPES:
+        raise UserError(f"Triton cannot be told of {port}", f"axes that begin with {BATCH}, of {', '.join(_TYPES)}")
+    dims = [axis if isinstance(axis, int) else -1 for axis in port.axes[1:]]
+    return {"name": port.name, "data_type": Word(_TYPES[port.dtype]), "dims": dims}
+
+
+def _scalar(value: Any) -> str:
+    if isinstance(value, Word):
+        return str(value)
+    return json.dumps(value)  # its escapes, numbers and true/false are those of protobuf's text form
+
+
+def as_text(configs: Sequence[Message]) -> dict[str, str]:
+    """Name of each model to the text of its config.pbtxt."""
+    return {config["name"]: pbtxt(config) for config in configs}

@@ -1,0 +1,82 @@
+"""Exported models that may be handed on: folders as export left them, and in them the files that passed the gate.
+What is made of them is the business of the stages that ask, pack and tensorrt.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from export.hostile import check_folder, check_graph, data_files
+from export.io_spec import IoSpec, read_spec
+from trainer.artifact import content_hash, hash_file, hash_tree, read_artifact
+from trainer.config import Recipe
+from trainer.errors import GateFailed, UserError
+
+
+@dataclass(frozen=True)
+class Verified:
+    """One variant of an exported model that passed the parity gate."""
+
+    variant: str
+    file: Path
+    evidence: dict[str, Any]
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(path.stat().st_size for path in (self.file, *data_files(self.file)))
+
+
+@dataclass(frozen=True)
+class Subject:
+    """An exported model that may be packed, and what is known of it."""
+
+    name: str
+    folder: Path
+    spec: IoSpec
+    record: dict[str, Any]
+    variants: dict[str, Verified]
+
+
+def subjects(recipe: Recipe, section: str, wanted: Sequence[str]) -> list[Subject]:
+    """The exported models that `<section>.models` names, by default all; refused as `examine` does."""
+    models = recipe.exported_models()
+    unknown = [name for name in wanted if name not in models]
+    if unknown or not models:
+        raise UserError(
+            f"{section}.models names {', '.join(unknown) or 'nothing'}",
+            f"exported models: {', '.join(models) or 'there are none'}",
+            f"mend {section}.models, or export the model",
+        )
+    return [examine(name, recipe.stage_dir("export") / name, models[name]) for name in wanted or models]
+
+
+def examine(name: str, exported: Path, model: Path) -> Subject:
+    """Read and check one export folder.
+
+    Raises UserError where there is none, and GateFailed where a file in it is not what passed the gate, or where the
+    model was trained anew since.
+    """
+    record = read_artifact(exported, "onnx")
+    check_folder(exported)
+    if hash_tree(exported) != record["content_sha256"]:
+        raise GateFailed(f"{exported} is not what export left there", "files that passed parity", "export it again")
+    if model.is_dir() and record["parents"].get("model") != content_hash(model):
+        raise GateFailed(f"{exported} was exported from another {model}", "an export of this model", "export it again")
+    variants = {one.variant: one for one in verified_variants(exported, record)}
+    if not variants:
+        raise GateFailed(f"no file in {exported} has passed parity", "evidence of it", "export it again")
+    return Subject(name, exported, read_spec(exported), record, variants)
+
+
+def verified_variants(exported: Path, record: Mapping[str, Any]) -> Iterator[Verified]:
+    """Variants with evidence that names the very bytes of their file; GateFailed for a file of other bytes."""
+    for proof in record["evidence"]:
+        what, _, variant = proof["what"].partition("_")
+        if what != "parity" or "file" not in proof:
+            continue
+        file = exported / proof["file"]
+        if not file.is_file() or hash_file(file) != proof["sha256"]:
+            raise GateFailed(f"{file} is not the file that passed parity", "the file itself", "export it again")
+        check_graph(file)
+        yield Verified(variant, file, proof)
