@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from export.files import is_the_one
 from export.hostile import check_folder, check_graph, data_files
 from export.io_spec import IoSpec, read_spec
-from trainer.artifact import content_hash, hash_file, hash_tree, read_artifact
+from trainer.artifact import content_hash, hash_tree, read_artifact
 from trainer.config import Recipe
 from trainer.errors import GateFailed, UserError
 
@@ -76,7 +77,7 @@ def verified_variants(exported: Path, record: Mapping[str, Any]) -> Iterator[Ver
         if what != "parity" or "file" not in proof:
             continue
         file = exported / proof["file"]
-        if not file.is_file() or hash_file(file) != proof["sha256"]:
+        if not file.is_file() or not is_the_one(proof, file):
             raise GateFailed(f"{file} is not the file that passed parity", "the file itself", "export it again")
         check_graph(file)
         yield Verified(variant, file, proof)
