@@ -188,7 +188,7 @@ def test_users_mistakes_are_one_message(written_recipe, capfd, monkeypatch, tmp_
     mistakes = {
         "pretrain.model.config.hiden_size=3": "did you mean 'hidden_size'",
         "pretrain.global_batch_size=4": "not a multiple of micro_batch_size 8",
-        "run_dir=nowhere": "not there or not finished",
+        f"run_dir={tmp_path / 'nowhere'}": "not there or not finished",
         "pretrain.model={architecture: gpt2}": "no masked_lm model",
     }
     for override, message in mistakes.items():
