@@ -218,7 +218,7 @@ def test_a_rank_leaves_its_code_where_the_script_finds_it(tmp_path, verb, recipe
 
 
 def test_a_signal_that_was_ignored_is_ignored_again_when_training_is_over():
-    before = signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    before, interrupted = signal.signal(signal.SIGUSR1, signal.SIG_IGN), signal.getsignal(signal.SIGINT)
     try:
         watch_signals()
         watch_signals()  # a second stage in this process
@@ -226,7 +226,7 @@ def test_a_signal_that_was_ignored_is_ignored_again_when_training_is_over():
         assert stop_requested()
         release_signals()
         assert signal.getsignal(signal.SIGUSR1) == signal.SIG_IGN
-        assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
+        assert signal.getsignal(signal.SIGINT) == interrupted
     finally:
         signal.signal(signal.SIGUSR1, before)
 
