@@ -11,12 +11,13 @@ from slurm.grid import Element, elements
 from slurm.ledger import Ledger
 from slurm.script import StageJob, render
 from slurm.site import Site, load_site
+from trainer import chain
 from trainer.config import Recipe, Training
 from trainer.errors import UserError
 from trainer.recipe_file import dump_recipe, require_section
 from trainer.slurm_config import Slurm
 
-STAGES = ("prepare", "pretrain", "distill", "export", "bench", "report")
+STAGES = (*chain.STAGES, "report")  # what `lmworks run` does, in its order
 
 
 def run(recipe: Recipe, *, stages: Sequence[str], site: str, array: Sequence[str], dry_run: bool) -> None:
@@ -67,7 +68,8 @@ def _job(recipe: Recipe, stage: str, site: Site, array_elements: int) -> StageJo
         raise UserError(f"run_dir {str(recipe.run_dir)!r}", "a path without backslashes and line ends", "rename it")
     wanted = recipe.slurm or Slurm()
     job = getattr(wanted, stage)
-    default = {"pretrain": site.gpus_per_node, "distill": site.gpus_per_node, "bench": min(1, site.gpus_per_node)}
+    all_of_them, one = site.gpus_per_node, min(1, site.gpus_per_node)
+    default = {"pretrain": all_of_them, "distill": all_of_them, "bench": one, "tensorrt": one}
     return StageJob(
         name=f"{recipe.run_dir.name}-{stage}".replace("%", "_"),
         stage=stage,

@@ -17,7 +17,7 @@ class Job(Section):
     ranks_per_node: PositiveInt | None = None
     """By default one for each GPU, and one where there is none."""
     gpus_per_node: Annotated[int, Field(ge=0)] | None = None
-    """By default the site's for pretrain and distill, one for bench, none for the others."""
+    """By default the site's for pretrain and distill, one for bench and tensorrt, none for the others."""
     cpus_per_node: PositiveInt | None = None
     memory_gib: PositiveInt | None = None
     """Of each node."""
@@ -52,11 +52,13 @@ class Slurm(Section):
     distill: Job = Job()
     export: Job = Job()
     bench: Job = Job()
+    tensorrt: Job = Job()
+    pack: Job = Job()
     report: Job = Job()
 
     @model_validator(mode="after")
     def _only_training_spreads(self) -> "Slurm":
-        for stage in ("prepare", "export", "bench", "report"):
+        for stage in ("prepare", "export", "bench", "tensorrt", "pack", "report"):
             job = getattr(self, stage)
             if job.nodes > 1 or (job.ranks_per_node or 1) > 1:
                 raise ValueError(f"{stage} runs as one process: it takes neither nodes nor ranks_per_node")

@@ -15,7 +15,7 @@ from slurm import frozen, ledger
 from slurm.grid import elements
 from slurm.script import StageJob, render
 from slurm.site import Container, Site, load_site
-from slurm.submit import plan
+from slurm.submit import STAGES, plan
 from tests.slurm.drill import CASES
 from trainer.__main__ import main
 from trainer.engine.launch import release_signals, stop_requested, watch_signals
@@ -122,8 +122,9 @@ def test_a_site_file_is_read_as_strictly_as_a_recipe(tmp_path):
 def test_a_chain_asks_for_gpus_where_it_trains():
     jobs = plan(load_recipe("quickstart"), [], Site(gpus_per_node=1), 0)
     assert [(job.stage, job.gpus_per_node) for job in jobs] == [
-        ("prepare", 0), ("pretrain", 1), ("distill", 1), ("export", 0), ("bench", 1), ("report", 0)
+        ("prepare", 0), ("pretrain", 1), ("distill", 1), ("export", 0), ("bench", 1), ("pack", 0), ("report", 0)
     ]  # fmt: skip
+    assert set(STAGES) <= set(Slurm.model_fields)  # a job for all that `lmworks run` does
     assert [job.stage for job in plan(load_recipe("quickstart"), ["report", "prepare"], Site(), 0)] == [
         "prepare", "report"
     ]  # fmt: skip
@@ -242,7 +243,7 @@ def test_the_frozen_code_runs_without_the_checkout(tmp_path):
     assert done.stdout.count(str(code)) == 2, done.stderr
     again = [sys.executable, "-m", "trainer", "submit", "quickstart", "--dry-run"]
     done = subprocess.run(again, cwd=tmp_path, env={"PYTHONPATH": str(code)}, capture_output=True, text=True)
-    assert done.stdout.count("# ====") == 6 and frozen.code_name() in done.stdout
+    assert done.stdout.count("# ====") == 7 and frozen.code_name() in done.stdout
     assert (tmp_path / "recipe.yaml").read_text() == "seed: 2\n"
     assert "torch" in json.loads((tmp_path / "environment.json").read_text())["installed"]
 
