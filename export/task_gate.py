@@ -42,8 +42,8 @@ def interval(source: Scores, candidate: Scores, seed: int = 0) -> tuple[float, f
 def check_quality(what: str, source: Scores, candidate: Scores, share: float) -> dict[str, Any]:
     """Hold `candidate` against `source`; returns the evidence of passing.
 
-    Raises GateFailed if the interval lies below `share`, or if it reaches below it and is wider than twice what may be
-    lost on either side, so that passing would mean nothing.
+    Raises GateFailed if less than `share` is kept, or if the interval reaches below it and is wider than twice what may
+    be lost on either side, so that passing would mean nothing.
     """
     if source.metric == "masked_accuracy" and not source.sums_R.any():
         raise GateFailed(
@@ -53,7 +53,7 @@ def check_quality(what: str, source: Scores, candidate: Scores, share: float) ->
         )
     kept, (low, high) = kept_share(source, candidate), interval(source, candidate)
     seen = f"{source.metric} {candidate.value:.4g} against {source.value:.4g}, {kept:.2%} ({low:.2%} to {high:.2%})"
-    if not high >= share:
+    if not kept >= share:
         raise GateFailed(f"{what}: {seen} of its source's quality is kept", f"{share:.2%}")
     if low < share and high - low > 4 * (1 - share):
         raise GateFailed(

@@ -78,7 +78,7 @@ class Quality(Section):
 
     share: Share = 0.99
     """What a form must keep of its source's quality: its accuracy over the source's, or the source's perplexity over
-    its own. Fails if the 95 % bootstrap interval lies below, or is too wide to tell."""
+    its own. Fails if less is kept, or if the 95 % bootstrap interval is too wide to tell."""
     sequences: PositiveInt = 256
     """Rows of text, each a piece of one document."""
     sequence_length: PositiveInt = 128

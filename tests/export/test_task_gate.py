@@ -39,6 +39,15 @@ def test_a_loss_of_quality_is_caught(worse, passes):
             check_quality("m", source, candidate, 0.99)
 
 
+def test_a_loss_within_the_noise_is_a_loss():
+    """98.7 % of 99 %: that the interval reaches above is no reason to let it pass."""
+    source, candidate = perplexities(), perplexities(0.013, 0.05)
+    low, high = interval(source, candidate)
+    assert low < kept_share(source, candidate) < 0.99 < high
+    with pytest.raises(GateFailed, match=r"98\.\d+% .* of its source's quality is kept"):
+        check_quality("m", source, candidate, 0.99)
+
+
 def test_the_interval_is_that_of_paired_rows():
     """Its width is the differences' alone, by the normal approximation, though the rows differ far more."""
     source, candidate = perplexities(), perplexities(0.0, 0.05)
