@@ -169,7 +169,7 @@ def test_a_launcher_that_restarts_its_ranks_goes_on(without_dropout):
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     process = subprocess.Popen(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--max-restarts=3",
+        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--max-restarts=1",
          f"--master-port={port}", "-m", "trainer.pretrain", restarted],
         env=environment(), stderr=subprocess.PIPE, text=True, cwd=ROOT,
     )  # fmt: skip

@@ -26,3 +26,4 @@ def test_batches_come_on_the_gpu_and_are_those_of_the_cpu(tokens_in_memory):
                 assert getattr(one, name).device == device
                 assert torch.equal(getattr(one, name).cpu(), getattr(two, name))
             assert one.longest == two.longest
+        there.make_ahead(step + 1)

@@ -94,8 +94,7 @@ class BatchPlan:
 
 
 class TrainStream:
-    """Endless rows in shuffled order; the next step's batches are made, and brought to `device`, while the current
-    one is computed."""
+    """Endless rows in shuffled order; a step's batches can be made ahead, and brought to `device`, in a thread."""
 
     def __init__(
         self,
@@ -117,10 +116,14 @@ class TrainStream:
 
     def micro_batches(self, step: int) -> list[Batch]:
         """This rank's micro-batches of optimizer step `step` (from 0)."""
-        ahead, self._ahead = self._ahead, (step + 1, self._worker.submit(self._make, step + 1))
+        ahead, self._ahead = self._ahead, None
         if ahead is not None and ahead[0] == step:
             return ahead[1].result()
         return self._make(step)
+
+    def make_ahead(self, step: int) -> None:
+        """Begin to make what `micro_batches` will be asked for next."""
+        self._ahead = step, self._worker.submit(self._make, step)
 
     @property
     def epoch_steps(self) -> float:

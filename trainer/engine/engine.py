@@ -105,7 +105,10 @@ class Engine:
         for group in self._strategy.optimizer.param_groups:
             group["lr"] = learning_rate
         mixed = np.random.SeedSequence([seed, 0xD809, step, self.ranks.rank]).generate_state(1, np.uint64)[0]
-        torch.manual_seed(int(mixed >> np.uint64(1)))
+        # Not torch.manual_seed: where no GPU is in use it writes down the call stack for each kind of device, 0.4 ms.
+        torch.default_generator.manual_seed(int(mixed >> np.uint64(1)))
+        if self.device.type == "cuda":
+            torch.cuda.manual_seed(int(mixed >> np.uint64(1)))
         if not self.unwrapped.training:  # after an evaluation; walking through all modules is not free
             self.model.train()
 

@@ -80,6 +80,12 @@ class Run:
         part = self.part(step)
         return part.stream.micro_batches(step - part.first_step + self.progress.data_shift_steps)
 
+    def make_ahead(self, step: int) -> None:
+        """Have the batches of `step` made in the background, if there is such a step."""
+        if step < self.last_step:
+            part = self.part(step)
+            part.stream.make_ahead(step - part.first_step + self.progress.data_shift_steps)
+
 
 def train(run: Run, step: int) -> dict[str, float]:
     """Take optimizer steps from `step` to the last; returns the last evaluation.
@@ -175,6 +181,8 @@ def take_step(run: Run, step: int, batches: list[Batch], counts: dict[str, float
         with run.engine.autocast(), run.meter.forward_watch:
             loss: LossSum = run.objective(run.engine.model, batch.to(run.engine.device))
             share = loss.divided(counts)
+        if number == 1:  # now, as a backward leaves the interpreter to the thread; in a forward they would contend
+            run.make_ahead(step + 1)
         run.engine.backward(share, last=number == len(batches))
         total += share.detach()
         run.meter.add(loss)
