@@ -85,6 +85,7 @@ def dump_recipe(recipe: Recipe) -> str:
     """The resolved recipe as YAML; loading it again gives an equal recipe."""
     yaml = YAML(typ="safe")
     yaml.default_flow_style = False
+    yaml.width = 2**16  # a key and its value stay on one line, however long a path is: people grep for them
     yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment] - keep the schema's order
     out = io.StringIO()
     yaml.dump(recipe.model_dump(mode="json"), out)

@@ -310,6 +310,11 @@ def test_dump_keeps_small_numbers_and_odd_text(write, tmp_path):
     assert load_recipe(str(again)).pretrain.optim.epsilon == 1e-12
 
 
+def test_a_long_path_stays_on_its_keys_line(write):
+    path = "/" + "/".join(["a-folder-with-a-long-name"] * 20)
+    assert f"run_dir: {path}\n" in dump_recipe(load_recipe(write(GOOD), [f"run_dir={path}"]))
+
+
 def test_hash_depends_on_values_only(write):
     recipe = load_recipe(write(GOOD))
     same = load_recipe(
