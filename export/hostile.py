@@ -3,7 +3,7 @@ Whether a file holds the right model is the parity gate's business.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,15 +45,21 @@ def check_folder(folder: Path) -> None:
 
 
 def check_graph(path: Path) -> None:
-    """UserError for a graph file that would read outside its folder, or that claims sizes it does not have."""
+    """UserError for a graph file that would read outside its folder, or that claims sizes it does not have.
+
+    A shape that the graph computes as it runs is not known here, and not held to a limit.
+    """
     model = _read(path)
+    if model.functions:
+        names = ", ".join(function.name for function in model.functions)
+        raise UserError(f"{path} has functions of its own: {names}", "standard operators", "export it again")
     for tensor in _tensors(model.graph):
         _check_tensor(path, tensor)
     for value in (*model.graph.input, *model.graph.output):
         axes = [axis.dim_value for axis in value.type.tensor_type.shape.dim]
         if any(not 0 <= axis < _MAX_AXIS for axis in axes):
             raise UserError(f"{path}: {value.name} has shape {axes}", f"axes below {_MAX_AXIS}", "export it again")
-    _check_filled(path, model.graph)
+    _check_filled(path, list(_graphs(model.graph)))
 
 
 def data_files(path: Path) -> list[Path]:
@@ -74,16 +80,24 @@ def _read(path: Path) -> onnx.ModelProto:
     return model
 
 
-def _tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
-    """All constants of a graph and of the graphs within its nodes."""
-    yield from graph.initializer
-    for sparse in graph.sparse_initializer:
-        yield from (sparse.values, sparse.indices)
+def _graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
+    """A graph and all graphs within its nodes."""
+    yield graph
     for node in graph.node:
         for attribute in node.attribute:
-            yield from (*((attribute.t,) if attribute.HasField("t") else ()), *attribute.tensors)
             for inner in (*((attribute.g,) if attribute.HasField("g") else ()), *attribute.graphs):
-                yield from _tensors(inner)
+                yield from _graphs(inner)
+
+
+def _tensors(whole: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
+    """All constants of a graph and of the graphs within its nodes."""
+    for graph in _graphs(whole):
+        yield from graph.initializer
+        for sparse in graph.sparse_initializer:
+            yield from (sparse.values, sparse.indices)
+        for node in graph.node:
+            for attribute in node.attribute:
+                yield from (*((attribute.t,) if attribute.HasField("t") else ()), *attribute.tensors)
 
 
 def _external(tensor: onnx.TensorProto) -> dict[str, str]:
@@ -133,7 +147,7 @@ def _check_external(path: Path, name: str, external: dict[str, Any], needed: int
     file = path.parent / location
     if file.is_symlink() or not file.is_file():
         raise UserError(f"{path}: {file} is no plain file", "the data file that export wrote", "export it again")
-    offset, length = int(external.get("offset", 0)), int(external.get("length", needed))
+    offset, length = _whole_number(external.get("offset", 0)), _whole_number(external.get("length", needed))
     if offset < 0 or length != needed or offset + length > file.stat().st_size:
         raise UserError(
             f"{path}: {name} wants {needed} bytes, {length} at {offset} of {file.name}, which has "
@@ -143,21 +157,33 @@ def _check_external(path: Path, name: str, external: dict[str, Any], needed: int
         )
 
 
-def _check_filled(path: Path, graph: onnx.GraphProto) -> None:
+def _whole_number(value: Any) -> int:
+    """What a graph calls a place in a file; -1, which is none, for what is no number."""
+    try:
+        return int(value)
+    except ValueError:
+        return -1
+
+
+def _check_filled(path: Path, graphs: Sequence[onnx.GraphProto]) -> None:
     """A few bytes of shape may ask for terabytes: constant shapes that are filled, expanded to or repeated."""
-    constants = {tensor.name: tensor for tensor in graph.initializer}
-    constants |= {
-        node.output[0]: attribute.t
-        for node in graph.node
-        if node.op_type == "Constant"
-        for attribute in node.attribute
-        if attribute.name == "value"
-    }
-    for node in graph.node:
+    constants: dict[str, list[int]] = {}
+    nodes = [node for graph in graphs for node in graph.node]
+    for tensor in (tensor for graph in graphs for tensor in graph.initializer):
+        constants |= {tensor.name: _integers(tensor)}
+    for node in nodes:
+        for attribute in node.attribute if node.op_type == "Constant" else ():
+            held = _integers(attribute.t) if attribute.name == "value" else [*attribute.ints] or [attribute.i]
+            constants |= {node.output[0]: held}
+    for node in nodes:
         place = _FILLING.get(node.op_type)
-        tensor = constants.get(node.input[place]) if place is not None and len(node.input) > place else None
-        if tensor is None or _external(tensor):
-            continue
-        shape = onnx.numpy_helper.to_array(tensor).reshape(-1).tolist()
-        if math.prod(max(1, int(axis)) for axis in shape) > _MAX_FILLED_ELEMENTS:
+        shape = constants.get(node.input[place], []) if place is not None and len(node.input) > place else []
+        if math.prod(max(1, axis) for axis in shape) > _MAX_FILLED_ELEMENTS:
             raise UserError(f"{path}: {node.op_type} {node.name} makes a tensor of shape {shape}", "a smaller one")
+
+
+def _integers(tensor: onnx.TensorProto) -> list[int]:
+    """The numbers of a tensor that can be a shape; none of any other."""
+    if tensor.data_type != onnx.TensorProto.INT64 or _external(tensor):
+        return []
+    return onnx.numpy_helper.to_array(tensor).reshape(-1).tolist()

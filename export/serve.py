@@ -3,6 +3,8 @@ The packed folder stays as it is; what differs from a container (its backends) i
 """
 
 import contextlib
+import hashlib
+import http.client
 import platform
 import shutil
 import signal
@@ -12,7 +14,6 @@ import sys
 import sysconfig
 import tempfile
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -23,13 +24,14 @@ from rich.console import Console
 
 from export.hostile import check_folder, check_graph
 from export.pack import TRITON_MODELS
-from trainer.artifact import hash_tree, read_artifact, staging, versions
+from trainer.artifact import alone_in, hash_tree, read_artifact, staging, versions
 from trainer.errors import GateFailed, UserError
 
 # tritonserver 2.51.0 with the Python backend only. Its Python API is not used, so that its dependencies are left out.
 _SERVER = "nvidia-pytriton==0.7.0"
 _NUMPY = "numpy==1.26.4"  # the server's Python backend crashes on arrays of numpy 2
-_ENVIRONMENT = Path.home() / ".cache" / "lmworks" / "triton"
+_ENVIRONMENTS = Path.home() / ".cache" / "lmworks" / "triton"  # one folder for each set of requirements
+_MARKER = "lmworks-triton.txt"  # the requirements; a folder without it is not ours to replace
 _READY_LIMIT_S = 300.0  # assumed: a large model from a slow disk
 _STOP_LIMIT_S = 5.0  # that clients with open connections get
 
@@ -60,7 +62,8 @@ def run(
     record = read_packed(packed)
     endpoints = Endpoints(address, http_port, grpc_port, metrics_port)
     _check_ports(endpoints)
-    site = ensure_environment(environment or _ENVIRONMENT, record["about"]["image"])
+    default = _ENVIRONMENTS / hashlib.sha256("\n".join(_requirements()).encode()).hexdigest()[:12]
+    site = ensure_environment(environment or default, record["about"]["image"])
     with (
         tempfile.TemporaryDirectory(prefix="lmworks-serve-") as scratch,
         contextlib.suppress(KeyboardInterrupt),
@@ -95,17 +98,23 @@ def read_packed(packed: Path) -> dict[str, Any]:
 
 
 def ensure_environment(folder: Path, image: str) -> Path:
-    """site-packages of the server's own environment, made once; UserError where it cannot be installed."""
+    """site-packages of the server's own environment, made once; UserError where it cannot be installed.
+
+    One of other requirements is replaced; a folder that holds anything else is refused.
+    """
     wanted = "\n".join(_requirements()) + "\n"
     site = folder / "lib" / f"python{_python()}" / "site-packages"
-    made = folder / "requirements.txt"
-    if not made.is_file() or made.read_text(encoding="utf-8") != wanted or not site.is_dir():
-        Console(stderr=True, highlight=False).print(
-            f"installing {', '.join(_requirements())} into {folder}, once", soft_wrap=True
-        )
-        with staging(folder) as partial:
-            _install(partial, image)
-            (partial / "requirements.txt").write_text(wanted, encoding="utf-8")
+    made = folder / _MARKER
+    if made.is_file() and made.read_text(encoding="utf-8") == wanted and site.is_dir():
+        return site
+    if folder.exists() and not made.is_file() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder} is there and no environment of ours", "an empty folder or none", "name another one")
+    Console(stderr=True, highlight=False).print(
+        f"installing {', '.join(_requirements())} into {folder}, once", soft_wrap=True
+    )
+    with alone_in(folder.parent), staging(folder) as partial:
+        _install(partial, image)
+        (partial / _MARKER).write_text(wanted, encoding="utf-8")
     return site
 
 
@@ -166,6 +175,7 @@ def _environment(site: Path) -> dict[str, str]:
 
 
 def _wait_until_ready(server: subprocess.Popen[bytes], endpoints: Endpoints) -> None:
+    ask = urllib.request.build_opener(urllib.request.ProxyHandler({})).open  # no proxy leads to this machine
     until = time.monotonic() + _READY_LIMIT_S
     while time.monotonic() < until:
         if server.poll() is not None:
@@ -175,9 +185,9 @@ def _wait_until_ready(server: subprocess.Popen[bytes], endpoints: Endpoints) -> 
                 "read its messages above",
             )
         try:
-            urllib.request.urlopen(f"http://{endpoints.address}:{endpoints.http_port}/v2/health/ready").close()
+            ask(f"http://{endpoints.address}:{endpoints.http_port}/v2/health/ready", timeout=1).close()
             return
-        except (urllib.error.URLError, ConnectionError):  # not yet
+        except (OSError, http.client.HTTPException):  # not yet
             time.sleep(0.1)
     raise UserError(f"the server is not ready after {_READY_LIMIT_S:.0f} s", "a model that loads", "read its messages")
 
@@ -207,10 +217,10 @@ def _check_ports(endpoints: Endpoints) -> None:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
                 probe.bind((endpoints.address, port))
-            except OSError as error:
+            except (OSError, OverflowError) as error:
                 raise UserError(
-                    f"{endpoints.address}:{port} cannot be listened on: {error.strerror}",
-                    "three free ports",
+                    f"{endpoints.address}:{port} cannot be listened on: {getattr(error, 'strerror', error)}",
+                    "three free ports below 65536",
                     "give others: --http-port, --grpc-port, --metrics-port",
                 ) from None
 

@@ -29,8 +29,10 @@ def verified_engines(folder: Path, subject: Subject, variant: str, settings: Pac
         )
     if record["parents"].get("onnx") != subject.record["content_sha256"]:
         raise GateFailed(f"{folder} was built from another export", "engines of this one", "run `lmworks tensorrt`")
-    ran = {proof["file"]: proof for proof in record["evidence"] if proof["what"].startswith(f"parity_{variant}_")}
-    built = [folder / proof["file"] for proof in record["evidence"] if proof["what"].startswith(f"audit_{variant}_")]
+    # `<what>_<variant>_<compute capability>`; int8 also begins int8_static.
+    proofs = [(proof["what"].rsplit("_", 1)[0], proof) for proof in record["evidence"]]
+    ran = {proof["file"]: proof for what, proof in proofs if what == f"parity_{variant}"}
+    built = [folder / proof["file"] for what, proof in proofs if what == f"audit_{variant}"]
     if not built:
         raise UserError(f"{folder} has no engine of {variant}", "one", "add it to tensorrt.variants, or pack another")
     manifests = {plan: read_manifest(plan) for plan in built}

@@ -74,6 +74,14 @@ def test_external_data_stays_in_the_folder_and_has_its_size(where, message, tmp_
         check_graph(with_external(tmp_path / "inner", **where))
 
 
+def test_external_data_at_no_number_is_refused(tmp_path):
+    path = with_external(tmp_path, offset=0)
+    model = onnx.load(path, load_external_data=False)
+    next(entry for entry in model.graph.initializer[0].external_data if entry.key == "offset").value = "abc"
+    with pytest.raises(UserError, match="w wants 64 bytes, 64 at -1"):
+        check_graph(saved(model, tmp_path))
+
+
 def test_external_data_may_be_no_symlink_or_pipe(tmp_path):
     path = with_external(tmp_path)
     check_graph(path)
@@ -115,6 +123,22 @@ def asked(kind: str, shape: list[int]) -> onnx.ModelProto:
     return graph(node, constants=[numpy_helper.from_array(np.array(shape, dtype=np.int64), "shape")])
 
 
+def in_a_branch(shape: list[int]) -> onnx.ModelProto:
+    """Filled within an If, by a shape of another kind of constant outside it."""
+    outside = helper.make_node("Constant", [], ["shape"], value_ints=shape)
+    filled = helper.make_node("ConstantOfShape", ["shape"], ["c"])
+    branch = helper.make_graph([filled], "branch", [], [helper.make_tensor_value_info("c", TensorProto.FLOAT, None)])
+    choice = helper.make_node("If", ["always"], ["z"], then_branch=branch, else_branch=branch)
+    return graph(outside, choice, constants=[numpy_helper.from_array(np.array(True), "always")])
+
+
+def with_function() -> onnx.ModelProto:
+    model = graph()
+    inner = helper.make_node("Identity", ["a"], ["b"])
+    model.functions.append(helper.make_function("own", "Twice", ["a"], ["b"], [inner], [helper.make_opsetid("", 20)]))
+    return model
+
+
 def wide_input() -> onnx.ModelProto:
     model = graph()
     model.graph.input[0].type.tensor_type.shape.dim[1].dim_value = 2**40
@@ -137,6 +161,8 @@ def no_bytes() -> onnx.ModelProto:
         (lambda: asked("ConstantOfShape", [2**20, 2**20]), "ConstantOfShape .* makes a tensor of shape"),
         (lambda: asked("Expand", [2**30, 4]), "Expand .* makes a tensor of shape"),
         (lambda: asked("Tile", [2**31, 4]), "Tile .* makes a tensor of shape"),
+        (lambda: in_a_branch([2**40]), "ConstantOfShape .* makes a tensor of shape"),
+        (with_function, "has functions of its own: Twice"),
         (wide_input, r"x has shape \[0, 1099511627776\]"),
     ],
 )

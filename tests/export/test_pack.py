@@ -141,6 +141,7 @@ def engines(tmp_path, recipe):
             kinds = ["audit", *(["parity"] if capability in run else [])]
             entry = {"file": plan.name, "sha256": hash_file(plan)}
             evidence += [{"what": f"{kind}_fp32_{capability}", **entry} for kind in kinds]
+        evidence += [{"what": f"{kind}_int8_static_8.0", **entry} for kind in ("audit", "parity")]
         parents = {"onnx": read_artifact(exported)["content_sha256"]}
         about = {"library": library, "library_version": "10.11.0.33"}
         write_artifact(folder, "engines", recipe_sha256="", parents=parents, evidence=evidence, about=about)

@@ -224,7 +224,7 @@ def test_where_it_cannot_be_installed_the_container_is_named(environment, tmp_pa
     """An environment of other versions would be replaced; it stays when the new one cannot be had."""
     serve.ensure_environment(environment, triton_image())
     assert capsys.readouterr().err == ""  # it is there already
-    old = tmp_path / "environment" / "requirements.txt"
+    old = tmp_path / "environment" / "lmworks-triton.txt"
     old.parent.mkdir()
     old.write_text("nvidia-pytriton==0.6.0\n")
     monkeypatch.setenv("PIP_NO_INDEX", "1")
@@ -233,3 +233,15 @@ def test_where_it_cannot_be_installed_the_container_is_named(environment, tmp_pa
         serve.ensure_environment(old.parent, triton_image())
     assert "installing nvidia-pytriton==0.7.0" in capsys.readouterr().err
     assert old.read_text() == "nvidia-pytriton==0.6.0\n" and list(tmp_path.iterdir()) == [old.parent]
+
+
+def test_a_folder_that_is_not_ours_is_not_replaced(tmp_path):
+    (tmp_path / "requirements.txt").write_text("nvidia-pytriton==0.6.0\n")
+    with pytest.raises(UserError, match="is there and no environment of ours"):
+        serve.ensure_environment(tmp_path, triton_image())
+    assert (tmp_path / "requirements.txt").is_file()
+
+
+def test_ports_that_are_none_are_refused():
+    with pytest.raises(UserError, match="70000 cannot be listened on"):
+        serve._check_ports(serve.Endpoints("127.0.0.1", 70000, 8001, 8002))
