@@ -9,8 +9,9 @@ TORCH := $(shell grep '^torch==' constraints.txt)
 quickstart quickstart-gpt: $(VENV)/.installed
 	$(BIN)/lmworks run $@
 
+# Tests use one thread each: two files at a time, each file in one process, so that its fixtures are made once.
 test: check
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 check: $(VENV)/.installed
 	$(BIN)/ruff check .
