@@ -12,23 +12,27 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import psutil
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
 
-from export.bench_inputs import METRICS, quality_batches, speed_arrays
+from export.bench_inputs import METRICS, grid, prompt_arrays, prompts_of, quality_batches, speed_arrays
+from export.bench_table import show
 from export.bench_worker import Job
 from export.cases import load_documents
 from export.files import is_the_one, size_mib
 from export.io_spec import IoSpec, read_spec
-from export.runners import usable_threads
+from export.load import run_load, write_requests
+from export.load_worker import Service
+from export.noise import compare
+from export.provider_audit import Audit
+from export.roofline import limit_of, work_of
+from export.runners import process_environment, require_provider, usable_threads
 from export.windows import MIN_CPU_SHARE, Settings
 from trainer.__main__ import stage_main
 from trainer.artifact import ARTIFACT_FILE, content_hash, read_artifact, versions, write_json
@@ -38,13 +42,6 @@ from trainer.errors import GateFailed, UserError
 from trainer.export_config import ONNX_FILES, Backend, Bench
 from trainer.recipe_file import require_section
 
-_COLUMNS = (  # heading, key of a row, format
-    ("p50 ms", "p50_ms", ".2f"),
-    ("p99 ms", "p99_ms", ".2f"),
-    ("tokens/s", "real_tokens_per_s", ",.0f"),
-    ("peak MiB", "peak_memory_mib", ",.0f"),
-    ("file MiB", "file_mib", ".1f"),
-)
 _WEIGHTS = "*.safetensors"
 
 
@@ -67,37 +64,46 @@ class Subject:
 def run(recipe: Recipe) -> None:
     """Measure everything that the recipe names and write `<run_dir>/bench/report.json`.
 
-    Rows without passed parity evidence are refused and rows that never settle are unstable, both with the reason.
+    Rows without passed parity evidence, or of which a node ran elsewhere than asked, are refused and rows that never
+    settle are unstable, all with the reason. One pair is measured twice: what differs by less is not ranked.
     Raises GateFailed, after writing the report, if a backend failed.
     """
     require_section(recipe, "bench")
     assert recipe.bench is not None
-    models = recipe.exported_models()
+    settings, models = recipe.bench, recipe.exported_models()
     if not models:
         raise UserError("there is no model to measure", "pretrain, distill or export.models", "name one in the recipe")
-    threads = recipe.bench.threads or usable_threads()
+    if set(settings.backends) & set(ONNX_FILES):
+        require_provider(settings.provider)
+    threads = settings.threads or usable_threads()
     report: dict[str, Any] = {
         "machine": describe_machine(threads),
         "versions": {"python": platform.python_version(), **versions()},
         "command": launch_command(),
-        "settings": recipe.bench.model_dump(mode="json") | {"min_cpu_share": MIN_CPU_SHARE},
-        "rows": [],
-        "quality": [],
+        "settings": settings.model_dump(mode="json") | {"min_cpu_share": MIN_CPU_SHARE},
         "models": {},
+        **{part: [] for part in ("rows", "quality", "decode", "load")},
     }
-    pairs = len(models) * len(recipe.bench.backends)
-    with tempfile.TemporaryDirectory() as scratch, _progress(pairs) as advance:
-        for name, model in models.items():
-            subject = prepare_subject(recipe, recipe.bench, name, model, Path(scratch))
+    pairs = len(models) * len(settings.backends) + 2
+    with tempfile.TemporaryDirectory() as folder, _progress(pairs) as advance:
+        scratch = Path(folder)
+        subjects = {name: prepare_subject(recipe, settings, name, model, scratch) for name, model in models.items()}
+        for name, subject in subjects.items():
             report["models"][name] = describe_model(subject)
-            for backend in recipe.bench.backends:
+            for backend in settings.backends:
                 advance(f"{name} {backend}")
-                rows, quality = measure_backend(subject, backend, recipe.bench, threads, Path(scratch))
-                report["rows"] += rows
-                report["quality"] += quality
+                for part, entries in measure_backend(subject, backend, settings, threads, scratch).items():
+                    report[part] += entries
+        advance("the same again")
+        report["noise"] = measure_noise(subjects, report["rows"], settings, threads, scratch)
+        advance("the machine")
+        report["rates"] = measure_rates(settings.provider, threads, scratch)
+        add_limits(report, subjects)
+        if settings.load is not None:
+            report["load"] = measure_loads(subjects, report["rows"], settings, threads, recipe.seed, scratch)
     write_json(recipe.stage_dir("bench") / "report.json", report)
     show(report)
-    failed = [row for row in report["rows"] if row["status"] == "failed"]
+    failed = [row for row in (*report["rows"], *report["load"]) if row["status"] == "failed"]
     if failed:
         raise GateFailed(f"{len(failed)} rows failed; the first, {failed[0]['model']} {failed[0]['backend']}: "
                          f"{failed[0]['reason']}", "every backend that the recipe names to run")  # fmt: skip
@@ -107,12 +113,10 @@ def prepare_subject(recipe: Recipe, settings: Bench, name: str, model: Path, scr
     """Check one model and write the arrays it is measured on; UserError for a length that it cannot take."""
     spec = read_spec(model)
     longest = max(settings.sequence_lengths)
-    if longest > spec.max_length:
-        raise UserError(
-            f"bench.sequence_lengths has {longest}", f"at most {spec.max_length}, what {name} takes", "shorten it"
-        )
+    _check_lengths(settings, spec, name)
     documents = load_documents(recipe, model)
-    arrays = speed_arrays(documents, spec, _shapes(settings))
+    arrays = speed_arrays(documents, spec, grid(settings), recipe.seed)
+    arrays |= prompt_arrays(documents, spec, prompts_of(settings, spec))
     batches = []
     if spec.task in METRICS:
         batches = quality_batches(documents, spec, model, longest, settings.quality_sequences, recipe.seed)
@@ -120,57 +124,142 @@ def prepare_subject(recipe: Recipe, settings: Bench, name: str, model: Path, scr
         arrays |= {f"quality{index}|{key}": value for key, value in batch.items()}
     path = scratch / f"{name}.npz"
     np.savez(path, **arrays)  # type: ignore[arg-type] - numpy's signature has allow_pickle among the names
+    if settings.load is not None:
+        write_requests(documents, longest, recipe.seed, _requests(scratch, name))
     sequences = sum(len(batch["attention_mask"]) for batch in batches)
     return Subject(name, model, recipe.stage_dir("export") / name, spec, path, len(batches), sequences)
 
 
 def measure_backend(
     subject: Subject, backend: Backend, settings: Bench, threads: int, scratch: Path
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Rows and quality entries of one model in one backend, from a fresh process if it may be measured."""
-    shapes = _shapes(settings)
+) -> dict[str, list[dict[str, Any]]]:
+    """Rows of one model in one backend, and its quality and speed of generating where it has them: from a fresh
+    process, if it may be measured."""
     head = {"model": subject.name, "backend": backend}
-    fixed = [
-        {
-            **head,
-            "batch_size": batch,
-            "sequence_length": length,
-            "threads": threads,
-            "file_mib": file_mib(subject, backend),
-        }
-        for batch, length in shapes
-    ]
+    shared = {"threads": threads, "file_mib": file_mib(subject, backend)}
+    fixed = [{**head, **asdict(cell), **shared} for cell in grid(settings)]
     reason = refusal(subject, backend)
     if reason:
-        return [{**row, "status": "refused", "reason": reason} for row in fixed], []
-    metric = METRICS.get(subject.spec.task)
-    window = Settings(threads, settings.window_s, settings.max_windows, settings.stability)
-    folder = str(subject.folder(backend))
-    job = Job(folder, backend, len(shapes), subject.quality_batches, metric, window, str(subject.arrays))
+        return {"rows": [{**row, "status": "refused", "reason": reason} for row in fixed]}
+    job = job_of(subject, backend, settings, threads)
     result = run_worker(job, scratch / f"{subject.name}-{backend}.json")
     if isinstance(result, str):
-        return [{**row, "status": "failed", "reason": result} for row in fixed], []
-    rows = [{**row, **measured} for row, measured in zip(fixed, result["rows"], strict=True)]
-    if metric is None:
-        return rows, []
-    return rows, [{**head, "metric": metric, "value": result["quality"], "sequences": subject.sequences}]
+        return {"rows": [{**row, "status": "failed", "reason": result} for row in fixed]}
+    audit = Audit(**result["audit"]) if result["audit"] else None
+    if audit and audit.strayed:
+        return {"rows": [{**row, "status": "refused", "reason": audit.reason(settings.provider)} for row in fixed]}
+    measured = {"cold_start_s": result["cold_start_s"], "nodes": audit.nodes if audit else None}
+    found = {"rows": [{**row, **measured, **figures} for row, figures in zip(fixed, result["rows"], strict=True)]}
+    if job.metric is not None:
+        quality = {**head, "metric": job.metric, "value": result["quality"], "sequences": subject.sequences}
+        found["quality"] = [quality]
+    found["decode"] = [
+        {**head, "batch_size": batch, "prompt_tokens": length, "new_tokens": job.new_tokens, **shared, **figures}
+        for (batch, length), figures in zip(prompts_of(settings, subject.spec), result["decode"], strict=False)
+    ]
+    return found
+
+
+def measure_noise(
+    subjects: dict[str, Subject], rows: list[dict[str, Any]], settings: Bench, threads: int, scratch: Path
+) -> dict[str, Any]:
+    """What the speed of one model in one backend differs by from itself, in another process at the end of the run.
+
+    Taken is the first pair in ONNX Runtime, which opens soonest, else the first of all that has figures.
+    """
+    stable = [row for row in rows if row["status"] == "ok"]
+    taken = next((row for row in stable if row["backend"] in ONNX_FILES), stable[0] if stable else None)
+    if taken is None:
+        return {"relative": None, "shapes": [], "reason": "no row is stable"}
+    pair = {key: taken[key] for key in ("model", "backend")}
+    job = job_of(subjects[taken["model"]], taken["backend"], settings, threads)
+    job = replace(job, quality_batches=0, metric=None, audited=False, prompts=0)
+    result = run_worker(job, scratch / "again.json")
+    if isinstance(result, str):
+        return pair | {"relative": None, "shapes": [], "reason": result}
+    first = [row for row in rows if pair.items() <= row.items()]
+    keys = [asdict(cell) for cell in grid(settings)]
+    found = compare(first, [key | row for key, row in zip(keys, result["rows"], strict=True)])
+    return pair | found | {"reason": "" if found["shapes"] else "no row was stable twice"}
+
+
+def measure_rates(provider: str, threads: int, scratch: Path) -> dict[str, Any]:
+    """What the machine can do at the most, from a fresh process, or why that is not known."""
+    path = scratch / "rates.json"
+    problem = _run_module("export.machine_rates", threads, str(threads), provider, str(path))
+    return {"reason": problem} if problem else json.loads(path.read_text(encoding="utf-8"))
+
+
+def add_limits(report: dict[str, Any], subjects: dict[str, Subject]) -> None:
+    """Write into each row what share of the machine's limit it reaches, and which limit that is."""
+    for name, subject in subjects.items():
+        work = work_of(subject.model, subject.spec)
+        for row in (*report["rows"], *report["decode"]):
+            if work is not None and row["model"] == name:
+                row |= limit_of(row, work, report["rates"])
+
+
+def measure_loads(
+    subjects: dict[str, Subject], rows: list[dict[str, Any]], settings: Bench, threads: int, seed: int, scratch: Path
+) -> list[dict[str, Any]]:
+    """The load test of every pair that has figures and that the recipe asks for."""
+    assert settings.load is not None
+    wanted = settings.load.backends or settings.backends
+    pairs: dict[tuple[str, Backend], None] = dict.fromkeys(
+        (row["model"], row["backend"])
+        for row in rows
+        if row["status"] in ("ok", "unstable") and row["backend"] in wanted
+    )
+    entries = []
+    for name, backend in pairs:
+        service = Service(
+            folder=str(subjects[name].folder(backend)),
+            backend=backend,
+            provider=settings.provider,
+            threads=threads,
+            arrays=str(_requests(scratch, name)),
+            max_batch=settings.load.max_batch,
+            max_wait_s=settings.load.max_wait_ms / 1e3,
+            new_tokens=settings.load.new_tokens,
+        )
+        found = run_load(service, settings.load, seed, scratch / f"{name}-{backend}-load.json")
+        entries.append({"model": name, "backend": backend, "limit_ms": settings.load.p99_limit_ms, **found})
+    return entries
+
+
+def job_of(subject: Subject, backend: Backend, settings: Bench, threads: int) -> Job:
+    """All that a fresh process has to do for one model in one backend."""
+    return Job(
+        folder=str(subject.folder(backend)),
+        backend=backend,
+        cells=len(grid(settings)),
+        quality_batches=subject.quality_batches,
+        metric=METRICS.get(subject.spec.task),
+        settings=Settings(threads, settings.window_s, settings.max_windows, settings.stability),
+        arrays=str(subject.arrays),
+        provider=settings.provider,
+        audited=backend in ONNX_FILES,
+        # torch.compile compiles anew for lengths of the cache: minutes, of which no figure would speak
+        prompts=0 if backend == "compile" else len(prompts_of(settings, subject.spec)),
+        new_tokens=settings.decode.new_tokens if settings.decode else 0,
+    )
 
 
 def run_worker(job: Job, path: Path) -> dict[str, Any] | str:
     """Do `job` in a fresh process with its thread count; its result, or the last line of what went wrong."""
     write_json(path, asdict(job))
-    threads = str(job.settings.threads)
-    environment = os.environ | {
-        "OMP_NUM_THREADS": threads,
-        "MKL_NUM_THREADS": threads,
-        "TOKENIZERS_PARALLELISM": "false",
-    }
-    command = [sys.executable, "-m", "export.bench_worker", str(path)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode:
-        lines = [line for line in done.stderr.splitlines() if line.strip()]
-        return lines[-1].strip() if lines else f"the process ended with status {done.returncode}"
-    return json.loads(Path(f"{path}.result").read_text(encoding="utf-8"))
+    problem = _run_module("export.bench_worker", job.settings.threads, str(path))
+    return problem or json.loads(Path(f"{path}.result").read_text(encoding="utf-8"))
+
+
+def _run_module(name: str, threads: int, *arguments: str) -> str:
+    """Run a module of ours in a fresh process; the last line of what went wrong, or nothing."""
+    command = [sys.executable, "-m", name, *arguments]
+    done = subprocess.run(command, env=process_environment(threads), capture_output=True, text=True, check=False)
+    if not done.returncode:
+        return ""
+    lines = [line for line in done.stderr.splitlines() if line.strip()]
+    return lines[-1].strip() if lines else f"the process ended with status {done.returncode}"
 
 
 def refusal(subject: Subject, backend: Backend) -> str:
@@ -238,37 +327,21 @@ def describe_machine(threads: int) -> dict[str, Any]:
     }
 
 
-def show(report: dict[str, Any]) -> None:
-    """Print the report as a table, then why rows are without figures, then quality."""
-    console = Console(highlight=False, soft_wrap=True)
-    table = Table(
-        box=SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-        pad_edge=False,
-        caption=f"{report['machine']['cpu']}, {report['machine']['threads']} threads",
-    )
-    for column in ("model", "backend", "batch"):
-        table.add_column(column, no_wrap=True)
-    for column, _, _ in _COLUMNS:
-        table.add_column(column, justify="right", no_wrap=True)
-    for row in report["rows"]:
-        numbers = [format(row[key], style) if row.get(key) is not None else "" for _, key, style in _COLUMNS]
-        if row["status"] != "ok":
-            numbers[0] = row["status"]
-        table.add_row(row["model"], row["backend"], f"{row['batch_size']}x{row['sequence_length']}", *numbers)
-    console.print(table)
-    for row in report["rows"]:
-        if row["status"] != "ok":
-            shape = f"{row['batch_size']}x{row['sequence_length']}"
-            console.print(f"{row['model']} {row['backend']} {shape}: {row['status']}: {row['reason']}", markup=False)
-    for entry in report["quality"]:
-        console.print(f"{entry['model']} {entry['backend']}: {entry['metric']} {entry['value']:.4f}")
+def _check_lengths(settings: Bench, spec: IoSpec, name: str) -> None:
+    """UserError for a key that asks for more tokens than the model takes."""
+    longest = max(settings.sequence_lengths)
+    asked = {"bench.sequence_lengths has": longest}
+    if settings.decode is not None and (prompts := prompts_of(settings, spec)):
+        asked["bench.decode takes"] = max(length for _, length in prompts) + settings.decode.new_tokens
+    if settings.load is not None and spec.cache is not None:
+        asked["bench.load takes sequence_lengths and new_tokens,"] = longest + settings.load.new_tokens
+    for what, tokens in asked.items():
+        if tokens > spec.max_length:
+            raise UserError(f"{what} {tokens}", f"at most {spec.max_length}, what {name} takes", "shorten it")
 
 
-def _shapes(settings: Bench) -> list[tuple[int, int]]:
-    """The grid, small shapes first: memory that a large one took is not given back."""
-    grid = [(batch, length) for batch in settings.batch_sizes for length in settings.sequence_lengths]
-    return sorted(set(grid), key=lambda shape: (shape[0] * shape[1], shape))
+def _requests(scratch: Path, name: str) -> Path:
+    return scratch / f"{name}-requests.npz"
 
 
 def _weights_mib(model: Path) -> float:

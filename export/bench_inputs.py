@@ -1,10 +1,11 @@
-"""What the benchmark feeds: one batch of real text for each shape, and the batches on which quality is measured.
+"""What the benchmark feeds: one batch of real text for each cell of the grid, and those on which quality is measured.
 They are made once from the recipe's seed, so that every backend gets the same.
 
 Shape letters: B batch, T sequence length.
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ import numpy as np
 from export.cases import Documents, full_rows
 from export.io_spec import IoSpec
 from trainer.errors import UserError
+from trainer.export_config import Bench, Lengths
 
 METRICS = {"masked_lm": "masked_accuracy", "causal_lm": "perplexity"}
 _QUALITY_BATCH = 8
@@ -20,13 +22,69 @@ _NOT_A_TARGET = -100
 _MIN_ROW_TOKENS = 8  # shorter pieces of text give hardly any context to predict from
 
 
-def speed_arrays(documents: Documents, spec: IoSpec, shapes: Sequence[tuple[int, int]]) -> dict[str, np.ndarray]:
-    """`cell<i>|<input>` for each (batch, length): rows filled with real tokens to their full length."""
+@dataclass(frozen=True)
+class Cell:
+    """One batch of the grid: its size, its longest row, and whether rows are full or as long as documents are."""
+
+    batch_size: int
+    sequence_length: int
+    lengths: Lengths = "full"
+
+
+def grid(settings: Bench) -> list[Cell]:
+    """The cells to measure, small shapes first: memory that a large one took is not given back.
+
+    A batch of one is never padded, so that it has no cell of real lengths.
+    """
+    cells = {
+        Cell(batch, length, lengths)
+        for batch in settings.batch_sizes
+        for length in settings.sequence_lengths
+        for lengths in settings.lengths
+        if lengths == "full" or batch > 1
+    }
+    return sorted(cells, key=lambda cell: (cell.batch_size * cell.sequence_length, cell.batch_size, cell.lengths))
+
+
+def speed_arrays(documents: Documents, spec: IoSpec, cells: Sequence[Cell], seed: int) -> dict[str, np.ndarray]:
+    """`cell<i>|<input>` for each cell, of real tokens."""
     arrays = {}
-    for index, (batch, length) in enumerate(shapes):
-        for name, value in full_rows(documents, spec, batch, length).inputs.items():
-            arrays[f"cell{index}|{name}"] = value
+    for index, cell in enumerate(cells):
+        if cell.lengths == "full":
+            inputs = full_rows(documents, spec, cell.batch_size, cell.sequence_length).inputs
+        else:
+            inputs = pad_to_longest(spec, draw_documents(documents, cell.batch_size, cell.sequence_length, seed))
+        arrays |= {f"cell{index}|{name}": value for name, value in inputs.items()}
     return arrays
+
+
+def prompts_of(settings: Bench, spec: IoSpec) -> list[tuple[int, int]]:
+    """The (batch, prompt) pairs on which generating is measured: none for a model that does not generate."""
+    decode = settings.decode
+    if decode is None or spec.cache is None:
+        return []
+    fitting = [length for length in settings.sequence_lengths if length + decode.new_tokens <= spec.max_length]
+    return [(batch, length) for length in decode.prompt_lengths or fitting for batch in settings.batch_sizes]
+
+
+def prompt_arrays(documents: Documents, spec: IoSpec, pairs: Sequence[tuple[int, int]]) -> dict[str, np.ndarray]:
+    """`prompts<i>` for each pair: token ids [B, P] of real text."""
+    return {
+        f"prompts{index}": full_rows(documents, spec, batch, length).inputs["input_ids"]
+        for index, (batch, length) in enumerate(pairs)
+    }
+
+
+def draw_documents(documents: Documents, count: int, longest: int, seed: int) -> list[np.ndarray]:
+    """`count` documents drawn at random, one and the same only where there are too few, cut to `longest` tokens."""
+    random = np.random.default_rng(seed)
+    chosen = random.choice(len(documents), size=count, replace=count > len(documents))
+    return [documents[index][:longest] for index in chosen]
+
+
+def pad_to_longest(spec: IoSpec, rows: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
+    """One batch as a server makes it: padded to the longest of its rows."""
+    return spec.pad(rows, max(map(len, rows)))
 
 
 def quality_batches(

@@ -1,4 +1,4 @@
-"""The fresh process that measures one model in one backend: speed of each shape, then quality, written as JSON.
+"""The fresh process that measures one model in one backend: cold start, speed of each shape, quality, where nodes ran.
 Which models, shapes and inputs, and whether a backend may be measured at all, `bench` decides.
 
 It reads a job file and the arrays beside it, and imports only what its backend needs.
@@ -6,18 +6,23 @@ It reads a job file and the arrays beside it, and imports only what its backend 
 
 import json
 import sys
+import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from export.generate import Sampling, generate
+from export.io_spec import read_spec
+from export.provider_audit import audit
 from export.runners import Runner, open_runner
 from export.scores import score
 from export.windows import Clock, Measurement, Settings, SystemClock, measure
 from trainer.artifact import write_json
 from trainer.errors import UserError
+from trainer.export_config import ONNX_FILES
 
 # torch.compile against eager, both fp32: other kernels in another order of addition; 10 times what was seen (1e-6).
 _COMPILED_RELATIVE_RMS = 1e-5
@@ -29,7 +34,7 @@ Inputs = dict[str, np.ndarray]
 @dataclass(frozen=True)
 class Job:
     """What one worker does. Arrays lie in `arrays`, an .npz: `cell<i>|<input>`, `quality<i>|<input>` and, for
-    masked accuracy, `quality<i>|labels` (-100 where a token is no target)."""
+    masked accuracy, `quality<i>|labels` (-100 where a token is no target), and `prompts<i>`, token ids [B, P]."""
 
     folder: str
     backend: Any
@@ -38,6 +43,10 @@ class Job:
     metric: str | None
     settings: Settings
     arrays: str
+    provider: str
+    audited: bool
+    prompts: int
+    new_tokens: int
 
     @staticmethod
     def read(path: Path) -> "Job":
@@ -50,25 +59,65 @@ def main(path: Path) -> None:
     job = Job.read(path)
     with np.load(job.arrays) as archive:
         arrays = {name: archive[name] for name in archive.files}
-    runner = open_runner(Path(job.folder), job.backend, job.settings.threads)
+    folder, threads = Path(job.folder), job.settings.threads
     cells = [_named(arrays, f"cell{index}|") for index in range(job.cells)]
+    started_s = time.perf_counter()
+    runner = open_runner(folder, job.backend, threads, job.provider)
+    runner.run(cells[0])
+    cold_start_s = time.perf_counter() - started_s
     rows = [measure_row(runner, inputs, job.settings, SystemClock()) for inputs in cells]
     if job.backend == "compile":
-        check_compiled(runner, open_runner(Path(job.folder), "eager", job.settings.threads), cells)
+        check_compiled(runner, open_runner(folder, "eager", threads, job.provider), cells)
     batches = [_named(arrays, f"quality{index}|") for index in range(job.quality_batches)]
     value = score(runner, batches, job.metric).value if job.metric else None
-    write_json(Path(f"{path}.result"), {"rows": rows, "quality": value})
+    prompts = [arrays[f"prompts{index}"] for index in range(job.prompts)]
+    decode = [measure_decode(runner, folder, ids_BP, job.new_tokens, job.settings, SystemClock()) for ids_BP in prompts]
+    del runner  # a device may have no room for two sessions
+    found = None
+    if job.audited:
+        found = asdict(audit(folder / ONNX_FILES[job.backend], job.provider, threads, cells[0]))
+    result = {"rows": rows, "cold_start_s": cold_start_s, "quality": value, "decode": decode, "audit": found}
+    write_json(Path(f"{path}.result"), result)
 
 
 def measure_row(runner: Runner, inputs: Inputs, settings: Settings, clock: Clock) -> dict[str, Any]:
     """Measured part of a report row for one batch of inputs."""
     reset_peak_memory()
     found = measure(lambda: runner.run(inputs), settings, clock)
-    batch_size, real_tokens = len(inputs["attention_mask"]), int(inputs["attention_mask"].sum())
-    return describe(found, batch_size, real_tokens) | {"peak_memory_mib": peak_memory_mib()}
+    mask_BT = inputs["attention_mask"]
+    return describe(found, len(mask_BT), int(mask_BT.sum()), mask_BT.size) | {"peak_memory_mib": peak_memory_mib()}
 
 
-def describe(found: Measurement, batch_size: int, real_tokens: int) -> dict[str, Any]:
+def measure_decode(
+    runner: Runner, folder: Path, prompts_BP: np.ndarray, new_tokens: int, settings: Settings, clock: Clock
+) -> dict[str, Any]:
+    """Generating greedily: time to the first token, and for each further one, from medians of one token and of all."""
+    spec, prompts = read_spec(folder), prompts_BP.tolist()
+
+    def generating(count: int) -> Measurement:
+        return measure(lambda: generate(runner, spec, prompts, Sampling(count)), settings, clock)
+
+    return describe_decode(generating(1), generating(new_tokens), len(prompts_BP), new_tokens)
+
+
+def describe_decode(first: Measurement, whole: Measurement, batch_size: int, new_tokens: int) -> dict[str, Any]:
+    """Both measurements as columns; no times where either had too few windows with the CPU."""
+    row: dict[str, Any] = {
+        "status": "ok" if first.stable and whole.stable else "unstable",
+        "reason": first.reason or whole.reason,
+        "cpu_share": round(min(first.lowest_share, whole.lowest_share), 3),
+    }
+    if not (first.calls_s.size and whole.calls_s.size):
+        return row
+    first_s, whole_s = float(np.median(first.calls_s)), float(np.median(whole.calls_s))
+    return row | {
+        "first_token_ms": first_s * 1e3,
+        "token_ms": (whole_s - first_s) / (new_tokens - 1) * 1e3,
+        "tokens_per_s": batch_size * new_tokens / whole_s,
+    }
+
+
+def describe(found: Measurement, batch_size: int, real_tokens: int, padded_tokens: int) -> dict[str, Any]:
     """A measurement as report columns; no speeds where too few windows had the CPU to say anything.
 
     An unstable row shows what its last windows gave, so that a reader sees the size of things; it is marked, and
@@ -91,6 +140,9 @@ def describe(found: Measurement, batch_size: int, real_tokens: int) -> dict[str,
         "calls": len(calls_s),
         "samples_per_s": batch_size * len(calls_s) / calls_s.sum(),
         "real_tokens_per_s": real_tokens * len(calls_s) / calls_s.sum(),
+        "padded_tokens_per_s": padded_tokens * len(calls_s) / calls_s.sum(),
+        "padded_tokens": padded_tokens,
+        "padding": 1 - real_tokens / padded_tokens,
     }
 
 

@@ -14,7 +14,7 @@ from markupsafe import Markup
 from ruamel.yaml import YAML
 
 from export.files import size_mib
-from export.results import STAGES, Results, Row, is_verified
+from export.results import STAGES, Results, Row, full_rows, is_verified
 from trainer.artifact import write_text
 from trainer.export_config import ONNX_FILES
 
@@ -72,7 +72,7 @@ def card(found: Results, name: str, folder: Path) -> str:
         settings=_training_settings(found, name),
         evaluations=evidence,
         exports=_exports(found, name),
-        rows=[row for row in (found.bench["rows"] if found.bench else []) if row["model"] == name],
+        rows=[row for row in full_rows(found) if row["model"] == name],
         machine=found.bench["machine"] if found.bench else {},
         versions=_versions(found, name, is_export),
         verified=lambda row: is_verified(found, row),

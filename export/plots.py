@@ -1,4 +1,4 @@
-"""Draws the report's pictures from a run's results: losses, throughput, latency, quality against latency, size.
+"""Draws the report's pictures from a run's results: losses, throughput, latency, quality against latency, size, load.
 Which pictures a run has depends on what it measured; where they are shown is left to `report`."""
 
 from collections.abc import Callable, Sequence
@@ -9,10 +9,23 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
-from export.results import STAGES, Results, Row, Trained, compared_shape, is_verified, measured, rows_at
+from export.noise import difference
+from export.results import (
+    STAGES,
+    Results,
+    Row,
+    Trained,
+    compared_shape,
+    full_rows,
+    is_verified,
+    measured,
+    noise_of,
+    rows_at,
+)
 
 _COLOURS = {"teacher": "#33508a", "student": "#d1600a"}
 _OTHER_COLOURS = ("#4d8057", "#8a4f7d", "#6b6b6b", "#a08420")
+_LINES = ("o-", "s--", "^-.", "d:")
 _STYLE = {"dpi": 130, "layout": "constrained"}
 _INK, _GRID = "#2b2f36", "#dfe3e8"
 _SMOOTHING_POINTS = 25  # a curve is averaged over about this many pieces; assumed, for the eye only
@@ -27,6 +40,7 @@ def draw_all(found: Results, folder: Path) -> dict[str, Path]:
         "latency": latency,
         "quality": quality,
         "size": size,
+        "load": load,
     }
     drawn = {}
     for name, draw in figures.items():
@@ -78,7 +92,7 @@ def throughput(found: Results) -> Figure | None:
 
 def latency(found: Results) -> Figure | None:
     """Median latency of each model in each backend, one panel for each (batch, sequence) of the grid."""
-    rows = found.bench["rows"] if found.bench else []
+    rows = full_rows(found)
     shapes = sorted({(row["batch_size"], row["sequence_length"]) for row in rows})
     if not any(measured(row, "p50_ms") is not None for row in rows):
         return None
@@ -104,7 +118,7 @@ def quality(found: Results) -> Figure | None:
         return None
     metric = points[0]["metric"]
     figure, (axes,) = _figure(1, height=3.9)
-    front = pareto_front(points)
+    front = pareto_front(points, noise_of(found) or 0.0)
     axes.plot([p["ms"] for p in front], [p["value"] for p in front], color=_INK, linewidth=1, alpha=0.5, zorder=1)
     for point in points:
         on_front, colour = point in front, _colour(point["model"])
@@ -136,6 +150,32 @@ def size(found: Results) -> Figure | None:
     return figure
 
 
+def load(found: Results) -> Figure | None:
+    """99th percentile of what requests waited against the rate at which they arrived, with the limit."""
+    entries = [entry for entry in (found.bench["load"] if found.bench else []) if load_curve(entry)]
+    if not entries:
+        return None
+    figure, (axes,) = _figure(1, height=3.6)
+    for index, entry in enumerate(entries):
+        rates, p99_ms = zip(*load_curve(entry), strict=True)
+        label = f"{_plain(entry['model'])} {entry['backend'].replace('_', ' ')}"
+        label += " (unstable)" if entry["status"] != "ok" else ""
+        style = _LINES[index % len(_LINES)]
+        axes.plot(rates, p99_ms, style, color=_colour(entry["model"]), linewidth=1.4, markersize=4, label=label)
+    limit_ms = entries[0]["limit_ms"]
+    axes.axhline(limit_ms, color=_INK, linewidth=0.9, linestyle=":", label=f"limit, {limit_ms:g} ms")
+    _finish(axes, "Open-loop load", "requests/s, arriving at random", "99th percentile of the wait, ms")
+    axes.set_yscale("log")
+    axes.set_xlim(left=0)
+    axes.legend(frameon=False, fontsize=8)
+    return figure
+
+
+def load_curve(entry: Row) -> list[tuple[float, float]]:
+    """(rate, p99 in ms) of each point whose 99th percentile was answered at all."""
+    return [(point["rate_per_s"], point["p99_ms"]) for point in entry["points"] if point["p99_ms"] is not None]
+
+
 def comparable_loss(one: Trained) -> str:
     """The training column that is the same quantity as the validation loss.
 
@@ -160,14 +200,21 @@ def quality_points(found: Results) -> list[Row]:
     return points
 
 
-def pareto_front(points: Sequence[Row]) -> list[Row]:
-    """Points that no other one equals or beats in latency and quality both, fastest first."""
+def pareto_front(points: Sequence[Row], noise: float = 0.0) -> list[Row]:
+    """Points that no other one beats, fastest first: by quality without being slower, or by speed at no less quality.
+
+    Latencies within the noise of each other count as one.
+    """
     sign = -1.0 if points and points[0]["metric"] in LOWER_IS_BETTER else 1.0
-    front: list[Row] = []
-    for point in sorted(points, key=lambda p: (p["ms"], -sign * p["value"])):
-        if not front or sign * point["value"] > sign * front[-1]["value"]:
-            front.append(point)
-    return front
+
+    def beats(one: Row, other: Row) -> bool:
+        better = sign * (one["value"] - other["value"])
+        tied = difference(one["ms"], other["ms"]) <= noise
+        faster = one["ms"] < other["ms"] and not tied
+        return (better >= 0 and faster) or (better > 0 and tied)
+
+    ordered = sorted(points, key=lambda point: (point["ms"], -sign * point["value"]))
+    return [point for point in ordered if not any(beats(other, point) for other in ordered)]
 
 
 def smooth(values: np.ndarray) -> np.ndarray:

@@ -15,7 +15,18 @@ from rich.console import Console
 
 from export.card import write_cards
 from export.plots import LOWER_IS_BETTER, draw_all, pareto_front, quality_points
-from export.results import STAGES, Results, Row, Trained, is_verified, measured, read_results, summarize
+from export.results import (
+    STAGES,
+    Results,
+    Row,
+    Trained,
+    is_verified,
+    measured,
+    noise_of,
+    rank_of,
+    read_results,
+    summarize,
+)
 from trainer.__main__ import stage_main
 from trainer.artifact import staging, write_json, write_text
 from trainer.config import Recipe
@@ -62,6 +73,7 @@ def render(found: Results, summary: Row, pictures: dict[str, Path]) -> str:
         "duration": duration,
         "short": short,
         "measured": measured,
+        "limit": limit,
     }
     points = quality_points(found)
     return environment.get_template("report.html").render(
@@ -74,9 +86,11 @@ def render(found: Results, summary: Row, pictures: dict[str, Path]) -> str:
         trained=[describe_training(one) for one in found.trained.values()],
         evaluations=evaluation_columns(found),
         proofs=list(proofs(found)),
-        rows=[row | {"verified": is_verified(found, row)} for row in found.bench["rows"]] if found.bench else [],
+        rows=describe_rows(found),
+        noise=noise_of(found),
         reasons=reasons(found),
-        front={(point["model"], point["backend"]) for point in pareto_front(points)},
+        placed=placed(found),
+        front={(point["model"], point["backend"]) for point in pareto_front(points, noise_of(found) or 0.0)},
         commands=commands(found),
         environments=environments(found),
         recipe=dump_recipe(found.recipe),
@@ -92,7 +106,10 @@ def headline(summary: Row) -> list[tuple[str, str, str]]:
     shaky = "" if summary["stable"] in (True, None) else " · unstable, not to be relied on"
     parameters = [count(summary[f"{name}_parameters"]) for name in STAGES]
     speed_up = f"{summary['speedup']:.1f}×" if summary["speedup"] else _NOT_MEASURED
+    speed_up += " (within the noise)" if summary["tied"] else ""
     backend = (summary["student_backend"] or "no verified backend").replace("_", " ")
+    if summary["tied_backends"]:
+        backend += f" (tied with {', '.join(summary['tied_backends'])})".replace("_", " ")
     parity = {True: "passed", False: "missing or outdated", None: "not checked"}[summary["parity_passed"]]
     return [
         ("Speed-up", speed_up, f"student in {backend} against teacher in eager PyTorch, {shape}{kept(summary)}{shaky}"),
@@ -145,6 +162,13 @@ def absent(found: Results) -> list[str]:
         and not any(row["status"] == "ok" for row in found.bench["rows"])
     ):
         notes.append("bench: no row is stable; its latencies must not be relied on.")
+    if found.bench is not None and "rates" not in found.bench:
+        notes.append("bench: measured by an older lmworks, without limits and generating; to see them run bench again.")
+    if found.bench is not None and noise_of(found) is None:
+        why = found.bench.get("noise", {}).get("reason") or "this report does not hold it"
+        notes.append(
+            f"bench: nothing was measured twice ({why}), so rows are not ranked; to rank them run bench again."
+        )
     return notes
 
 
@@ -245,6 +269,30 @@ def reasons(found: Results) -> dict[str, list[str]]:
     return about
 
 
+def describe_rows(found: Results) -> list[Row]:
+    """Benchmark rows with what the table adds: the shape as text, whether parity was shown, the place by latency."""
+    rows = []
+    for row in found.bench["rows"] if found.bench else []:
+        place, tied = rank_of(found, row) or (None, False)
+        shape = f"{row['batch_size']} × {row['sequence_length']}" + (" real" if row.get("lengths") == "real" else "")
+        rank = "" if place is None else f"{place}, tied" if tied else str(place)
+        rows.append(row | {"verified": is_verified(found, row), "shape": shape, "rank": rank})
+    return rows
+
+
+def placed(found: Results) -> list[str]:
+    """Where ONNX Runtime ran the nodes of each graph that was measured."""
+    nodes = {
+        (row["model"], row["backend"]): row["nodes"]
+        for row in (found.bench or {"rows": []})["rows"]
+        if row.get("nodes")
+    }
+    return [
+        f"{model} {backend.replace('_', ' ')}: " + ", ".join(f"{count} on {name}" for name, count in counts.items())
+        for (model, backend), counts in nodes.items()
+    ]
+
+
 def commands(found: Results) -> list[tuple[str, str]]:
     """What to type to get each group of numbers again."""
     bench = found.bench["command"] if found.bench else None
@@ -329,6 +377,12 @@ def count(value: int | None) -> str:
 
 def percent(value: float | None) -> str:
     return _NOT_MEASURED if value is None else f"{value:.1%}"
+
+
+def limit(row: Row) -> str:
+    """The share of the machine's limit that a benchmark row reaches, and which limit; a dash where not known."""
+    found = measured(row, "limit_share")
+    return _NOT_MEASURED if found is None else f"{found:.0%} {row['limit']}"
 
 
 def duration(seconds: float | None) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from export.files import is_the_one
+from export.noise import difference, rank
 from trainer.artifact import ARTIFACT_FILE, content_hash, read_artifact
 from trainer.config import Recipe
 from trainer.errors import UserError
@@ -126,15 +127,19 @@ def summarize(found: Results) -> Row:
 
 
 def rows_at(found: Results, model: str, batch_size: int, sequence_length: int) -> list[Row]:
-    """Benchmark rows of one model at one shape, measured or not."""
+    """Benchmark rows of one model at one shape, of full rows, measured or not."""
     wanted = (model, batch_size, sequence_length)
-    rows = found.bench["rows"] if found.bench else []
-    return [row for row in rows if (row["model"], row["batch_size"], row["sequence_length"]) == wanted]
+    return [row for row in full_rows(found) if (row["model"], row["batch_size"], row["sequence_length"]) == wanted]
+
+
+def full_rows(found: Results) -> list[Row]:
+    """Benchmark rows without padding, which compare; those of real documents are of other batches."""
+    return [row for row in (found.bench["rows"] if found.bench else []) if row.get("lengths", "full") == "full"]
 
 
 def compared_shape(found: Results) -> tuple[int, int] | None:
     """The (batch, sequence) at which teacher and student are compared: the smallest batch, the longest sequence."""
-    shapes = [(row["batch_size"], row["sequence_length"]) for row in found.bench["rows"]] if found.bench else []
+    shapes = [(row["batch_size"], row["sequence_length"]) for row in full_rows(found)]
     return (min(batch for batch, _ in shapes), max(length for _, length in shapes)) if shapes else None
 
 
@@ -158,18 +163,58 @@ def fastest(found: Results, rows: Iterable[Row]) -> Row | None:
     return None
 
 
+def noise_of(found: Results) -> float | None:
+    """What one and the same backend differed by from itself in this benchmark; None where that was not measured."""
+    return (found.bench or {}).get("noise", {}).get("relative")
+
+
+def rank_of(found: Results, row: Row) -> tuple[int, bool] | None:
+    """The place of a row by latency among all of its shape, and whether others share it, within the noise.
+
+    None for a row that is not stable and verified, and for all rows where the noise was not measured.
+    """
+    noise = noise_of(found)
+    keys = ("batch_size", "sequence_length")
+    others = [
+        other
+        for other in (found.bench["rows"] if found.bench else [])
+        if other["status"] == "ok"
+        and is_verified(found, other)
+        and all(other[key] == row[key] for key in keys)
+        and other.get("lengths", "full") == row.get("lengths", "full")
+    ]
+    if noise is None or row not in others:
+        return None
+    return rank(row["p50_ms"], [other["p50_ms"] for other in others], noise)
+
+
+def _tied_with(found: Results, chosen: Row | None, rows: Iterable[Row]) -> list[str] | None:
+    """Other backends whose verified, stable rows differ from the chosen one by no more than the noise."""
+    noise = noise_of(found)
+    if chosen is None or noise is None:
+        return None
+    others = [row for row in rows if row["status"] == "ok" and row is not chosen and is_verified(found, row)]
+    return [row["backend"] for row in others if difference(row["p50_ms"], chosen["p50_ms"]) <= noise]
+
+
 def _speeds(found: Results) -> Row:
     shape = compared_shape(found)
     teacher_rows, student_rows = ([], []) if shape is None else [rows_at(found, name, *shape) for name in STAGES]
     teacher = fastest(found, [row for row in teacher_rows if row["backend"] == "eager"])
     student = fastest(found, student_rows)
     measured = [row for row in (teacher, student) if row is not None]
+    noise = noise_of(found)
     return {
         "teacher_latency_ms": _of(teacher, "p50_ms"),
         "student_latency_ms": _of(student, "p50_ms"),
         "speedup": teacher["p50_ms"] / student["p50_ms"] if teacher and student else None,
+        "noise": noise,
+        "tied": difference(teacher["p50_ms"], student["p50_ms"]) <= noise
+        if teacher and student and noise is not None
+        else None,
         "stable": all(row["status"] == "ok" for row in measured) if measured else None,
         "student_backend": _of(student, "backend"),
+        "tied_backends": _tied_with(found, student, student_rows),
         "batch_size": shape[0] if shape else None,
         "sequence_length": shape[1] if shape else None,
         "threads": _of(student or teacher, "threads"),
@@ -243,15 +288,21 @@ def _proofs(name: str, record: Row, export: Path) -> Iterable[tuple[tuple[str, s
 
 
 def _bench(recipe: Recipe) -> Row | None:
-    """The benchmark's report; rows of a model or an export that was replaced since are outdated, without figures."""
+    """The benchmark's report; rows of a model or an export that was replaced since are outdated, without figures.
+
+    Parts that an older report lacks are empty.
+    """
     report = _json(recipe.stage_dir("bench") / "report.json")
     if report is None:
         return None
     measured_pairs = {(row["model"], row["backend"]) for row in report["rows"]}
     reasons = {pair: _outdated(recipe, report, *pair) for pair in measured_pairs}
     rows = [_without_figures(row, reasons[row["model"], row["backend"]]) for row in report["rows"]]
-    quality = [entry for entry in report["quality"] if not reasons.get((entry["model"], entry["backend"]))]
-    return report | {"rows": rows, "quality": quality}
+    others = {
+        part: [entry for entry in report.get(part, []) if not reasons.get((entry["model"], entry["backend"]))]
+        for part in ("quality", "decode", "load")
+    }
+    return report | {"rows": rows} | others
 
 
 def _outdated(recipe: Recipe, report: Row, name: str, backend: str) -> str:
@@ -265,8 +316,8 @@ def _outdated(recipe: Recipe, report: Row, name: str, backend: str) -> str:
 
 
 def _without_figures(row: Row, reason: str) -> Row:
-    kept = ("model", "backend", "batch_size", "sequence_length", "threads")
-    return {key: row[key] for key in kept} | {"status": "outdated", "reason": reason} if reason else row
+    kept = ("model", "backend", "batch_size", "sequence_length", "lengths", "threads")
+    return {key: row[key] for key in kept if key in row} | {"status": "outdated", "reason": reason} if reason else row
 
 
 def _artifact(folder: Path) -> Row | None:

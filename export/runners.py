@@ -19,6 +19,7 @@ from trainer.errors import UserError
 from trainer.export_config import ONNX_FILES, Backend
 
 Arrays = dict[str, np.ndarray]
+CPU_PROVIDER = "CPUExecutionProvider"
 
 
 class Runner(Protocol):
@@ -43,38 +44,46 @@ class OnnxRunner:
 
 @dataclass(frozen=True)
 class TorchRunner:
-    """A model folder in PyTorch, as it is or compiled."""
+    """A model folder in PyTorch, as it is or compiled. Arrays are copied to its device and back in each call."""
 
     call: Callable[..., Any]
     input_names: tuple[str, ...]
     output_names: tuple[str, ...]
+    device: str = "cpu"
 
     def run(self, inputs: Mapping[str, np.ndarray]) -> Arrays:
         """All outputs for `inputs`."""
         import torch
 
         with torch.inference_mode():
-            values = self.call(*(torch.from_numpy(inputs[name]) for name in self.input_names))
-        return {name: value.numpy() for name, value in zip(self.output_names, values, strict=True)}
+            values = self.call(*(torch.from_numpy(inputs[name]).to(self.device) for name in self.input_names))
+        return {name: value.cpu().numpy() for name, value in zip(self.output_names, values, strict=True)}
 
 
-def open_runner(folder: Path, backend: Backend, threads: int) -> Runner:
-    """A runner for `folder` (a model folder for eager and compile, an export folder for the others).
+def open_runner(folder: Path, backend: Backend, threads: int, provider: str = CPU_PROVIDER) -> Runner:
+    """A runner for `folder` (a model folder for eager and compile, an export folder for the others), in PyTorch on the
+    kind of device that ONNX Runtime's `provider` stands for.
 
     Raises UserError where the folder lacks the backend's file, or the backend is not installed as asked.
     """
     if backend in ONNX_FILES:
-        return open_onnx(folder / ONNX_FILES[backend], threads)
-    return open_torch(folder, threads, compiled=backend == "compile")
+        return open_onnx(folder / ONNX_FILES[backend], threads, provider)
+    return open_torch(folder, threads, backend == "compile", "cpu" if provider == CPU_PROVIDER else "cuda")
 
 
-def open_onnx(path: Path, threads: int, provider: str = "CPUExecutionProvider") -> OnnxRunner:
-    """A graph file in ONNX Runtime, on exactly the provider that was asked for."""
+def open_onnx(path: Path, threads: int, provider: str = CPU_PROVIDER, profile: Path | None = None) -> OnnxRunner:
+    """A graph file in ONNX Runtime, on exactly the provider that was asked for.
+
+    `profile`: the beginning of a file's name, under which the session's `end_profiling` writes where nodes ran.
+    """
     import onnxruntime
 
     if not path.is_file():
         raise UserError(f"{path} is not there", "an exported model", "run `lmworks export` first")
+    require_provider(provider)
     options = onnxruntime.SessionOptions()
+    if profile is not None:
+        options.enable_profiling, options.profile_file_prefix = True, str(profile)
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
@@ -91,17 +100,38 @@ def open_onnx(path: Path, threads: int, provider: str = "CPUExecutionProvider") 
     return OnnxRunner(session, _ports(session.get_inputs()), _ports(session.get_outputs()))
 
 
-def open_torch(folder: Path, threads: int, compiled: bool = False) -> TorchRunner:
-    """A model folder in PyTorch on the CPU; compiled: by inductor, once for all shapes. Sets torch's thread count."""
+def require_provider(provider: str) -> None:
+    """UserError where the installed ONNX Runtime was built without `provider`: it would go on with the CPU."""
+    import onnxruntime
+
+    available = onnxruntime.get_available_providers()
+    if provider not in available:
+        raise UserError(f"this ONNX Runtime has {', '.join(available)}", provider, "install the matching onnxruntime")
+
+
+def open_torch(folder: Path, threads: int, compiled: bool = False, device: str = "cpu") -> TorchRunner:
+    """A model folder in PyTorch; compiled: by inductor, once for all shapes. Sets torch's thread count.
+
+    Raises UserError for a GPU where PyTorch finds none.
+    """
     import torch
 
     from export.to_onnx import Traceable, load_model
 
+    if device != "cpu" and not torch.cuda.is_available():
+        raise UserError("PyTorch finds no GPU here", device, "install the torch that fits your driver")
     torch.set_num_threads(threads)
     spec = read_spec(folder)
-    model: Any = Traceable(load_model(folder, spec), spec).eval()
+    model: Any = Traceable(load_model(folder, spec), spec).eval().to(device)
     call = torch.compile(model, dynamic=True) if compiled else model
-    return TorchRunner(call, tuple(port.name for port in spec.inputs), tuple(port.name for port in spec.outputs))
+    inputs, outputs = (tuple(port.name for port in ports) for ports in (spec.inputs, spec.outputs))
+    return TorchRunner(call, inputs, outputs, device)
+
+
+def process_environment(threads: int) -> dict[str, str]:
+    """The environment of a process that runs a backend on so many threads."""
+    own = {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
+    return os.environ | own
 
 
 def usable_threads() -> int:

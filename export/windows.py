@@ -43,20 +43,29 @@ class SystemClock:
         return time.process_time()
 
     def queued_s(self) -> float | None:
-        """Time that threads of this process were ready to run but had no CPU; None where Linux does not tell.
-
-        Source: second field of /proc/<pid>/task/<tid>/schedstat (Documentation/scheduler/sched-stats.rst).
-        """
-        if not Path("/proc/self/schedstat").is_file():
-            return None
-        total_ns = 0
-        for thread in os.listdir("/proc/self/task"):
-            with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # a thread that ended just now
-                total_ns += int(Path("/proc/self/task", thread, "schedstat").read_text().split()[1])
-        return total_ns / 1e9
+        """Time that threads of this process were ready to run but had no CPU; None where Linux does not tell."""
+        scheduled = scheduled_s("self")
+        return None if scheduled is None else scheduled[1]
 
     def sleep(self, seconds: float) -> None:
         time.sleep(seconds)
+
+
+def scheduled_s(process: int | str) -> tuple[float, float] | None:
+    """Seconds that a process's threads ran, and that they were ready to run but had no CPU; None where Linux does not
+    tell.
+
+    Source: first two fields of /proc/<pid>/task/<tid>/schedstat (Documentation/scheduler/sched-stats.rst).
+    """
+    folder = Path("/proc", str(process))
+    if not (folder / "schedstat").is_file():
+        return None
+    ran_ns = queued_ns = 0
+    for thread in os.listdir(folder / "task"):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # a thread that ended just now
+            ran, queued, _ = (folder / "task" / thread / "schedstat").read_text().split()
+            ran_ns, queued_ns = ran_ns + int(ran), queued_ns + int(queued)
+    return ran_ns / 1e9, queued_ns / 1e9
 
 
 @dataclass(frozen=True)

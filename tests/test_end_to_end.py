@@ -30,6 +30,8 @@ def test_the_chain(tiny_recipe, tmp_path, capsys, architecture):
         "window_s": 0.05,
         "quality_sequences": 8,
         "threads": 1,
+        "max_windows": 4,
+        "decode": {"new_tokens": 4},
     }
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(json.dumps(tree))

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, PositiveInt, model_validator
 
-from trainer.sections import Fraction, Positive, Section, Share
+from trainer.sections import Fraction, NonNegative, Positive, Section, Share
 
 MaxAbs = Annotated[
     Positive | None, Field(description="Largest absolute difference of an output on real tokens; null: no limit.")
@@ -112,6 +112,7 @@ ONNX_FILES: dict[str, str] = {
     "onnx_int8_static": "model_int8_static.onnx",
     "onnx_int4": "model_q4.onnx",
 }
+Lengths = Literal["full", "real"]
 # A folder of this name is replaced as a whole, so it must be one below `export` and no hidden or half-written one.
 ModelName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*(\.[0-9][A-Za-z0-9_-]*)*$")]
 
@@ -134,12 +135,46 @@ class Export(Section):
     """Null: tensors alone are compared, as for weights that were never trained."""
 
 
+class Decode(Section):
+    """Text token by token, from models that keep a cache; not in `compile`, which compiles anew as the cache grows."""
+
+    prompt_lengths: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] | None = None
+    """By default those of the benchmark's `sequence_lengths` that leave the model room for `new_tokens`."""
+    new_tokens: Annotated[int, Field(ge=2)] = 16
+
+
+class Load(Section):
+    """Requests that arrive at random (Poisson) whether or not earlier ones were answered, each a real document, for a
+    server process with a queue. A decoder answers with `new_tokens`."""
+
+    p99_limit_ms: Positive
+    """What 99 of 100 requests may wait at most, from when they were due to their answer."""
+    rates: Annotated[tuple[Positive, ...], Field(min_length=1)] | Literal["auto"] = "auto"
+    """Requests a second; auto: a search for the highest rate that holds the limit."""
+    seconds: Positive = 5.0
+    """Of each rate; longer where it takes that to send the 100 requests that a 99th percentile needs."""
+    max_batch: PositiveInt = 8
+    """Requests that wait are answered together, up to so many, padded to the longest of them; 1: one by one."""
+    max_wait_ms: NonNegative = 0.0
+    """How long the first request of a batch waits for others."""
+    backends: Annotated[tuple[Backend, ...], Field(min_length=1)] | None = None
+    """Some of the benchmark's; by default all."""
+    new_tokens: PositiveInt = 16
+
+
 class Bench(Section):
     """Speed, memory, size and quality of each model in each backend."""
 
     backends: Annotated[tuple[Backend, ...], Field(min_length=1)] = ("eager", "compile", "onnx_fp32", "onnx_int8")
     batch_sizes: tuple[PositiveInt, ...] = (1, 8)
     sequence_lengths: tuple[PositiveInt, ...] = (32, 128)
+    lengths: Annotated[tuple[Lengths, ...], Field(min_length=1)] = ("full",)
+    """Rows of a batch: `full` of real tokens, or `real`: documents cut at the length, padded to the longest of them."""
+    provider: Literal["CPUExecutionProvider", "CUDAExecutionProvider", "TensorrtExecutionProvider"] = (
+        "CPUExecutionProvider"
+    )
+    """ONNX Runtime's; with another than the CPU's, PyTorch's rows run on the GPU too. Rows of a graph of which a node
+    ran elsewhere, other than those that reckon with shapes, are refused."""
     threads: PositiveInt | None = None
     """CPU threads for every backend; by default the number of physical cores."""
     window_s: Positive = 0.3
@@ -151,3 +186,14 @@ class Bench(Section):
     """Largest minus smallest median of the three, relative to the middle one."""
     quality_sequences: PositiveInt = 256
     """Validation rows (pieces of one document) on which quality is measured, at the longest `sequence_lengths`."""
+    decode: Decode | None = Decode()
+    """Null: none."""
+    load: Load | None = None
+    """Null: none; takes about 40 s for each model and backend."""
+
+    @model_validator(mode="after")
+    def _loads_what_is_measured(self) -> "Bench":
+        others = set(self.load.backends or ()) - set(self.backends) if self.load else set()
+        if others:
+            raise ValueError(f"load.backends has {', '.join(sorted(others))}, which backends has not")
+        return self

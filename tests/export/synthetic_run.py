@@ -168,7 +168,9 @@ def bench_report():
                          "p90_ms": p50 * factor * 1.1,
                          "p99_ms": p50 * factor * 1.3, "samples_per_s": 1000 * batch / (p50 * factor),
                          "real_tokens_per_s": 1000 * batch * length / (p50 * factor), "peak_memory_mib": 300.0,
-                         "file_mib": mib, "cpu_share": 0.98, "windows": 4, "calls": 400})  # fmt: skip
+                         "file_mib": mib, "cold_start_s": 0.25, "padded_tokens": batch * length,
+                         "padded_tokens_per_s": 1000 * batch * length / (p50 * factor), "limit_share": 0.25,
+                         "limit": "compute", "nodes": None, "cpu_share": 0.98, "windows": 4, "calls": 400})  # fmt: skip
     quality = [
         {"model": model, "backend": backend, "metric": "masked_accuracy", "sequences": 256,
          "value": QUALITY[model] - (0.005 if backend == "onnx_int8" else 0.0)}
@@ -180,14 +182,28 @@ def bench_report():
         "command": "lmworks bench",
         "rows": rows,
         "quality": quality,
+        "noise": {"model": "teacher", "backend": "onnx_fp32", "relative": 0.05, "shapes": [], "reason": ""},
+        "rates": {"fp32_per_s": 1.5e11, "int8_per_s": 6e11, "bytes_per_s": 2.5e10},
+        "decode": [
+            {"model": "student", "backend": "onnx_int8", "batch_size": 1, "prompt_tokens": 32, "new_tokens": 16,
+             "status": "ok", "reason": "", "first_token_ms": 8.25, "token_ms": 2.125, "tokens_per_s": 444.0,
+             "limit_share": 0.375, "limit": "memory"}
+        ],
+        "load": [
+            {"model": "student", "backend": "onnx_int8", "status": "ok", "reason": "", "limit_ms": 50.0,
+             "most_per_s": 640.0, "highest_rate_per_s": 480.0, "points": [
+                {"rate_per_s": rate, "requests": 1000, "unanswered": 0, "p50_ms": 4.0, "p99_ms": p99_ms,
+                 "mean_batch": 1.5, "cpu_share": 0.99, "holds": p99_ms <= 50}
+                for rate, p99_ms in ((320.0, 11.0), (480.0, 31.0), (560.0, 93.0))]}
+        ],
         "models": {"teacher": {"parameters": 11_000_000, "file_mib": 44.0},
                    "student": {"parameters": 5_500_000, "file_mib": 22.0}},
     }  # fmt: skip
 
 
-def bench(recipe, change=None):
-    """Write bench/report.json; `change` may alter each row in place."""
-    report = bench_report()
+def bench(recipe, change=None, **more):
+    """Write bench/report.json; `change` may alter each row in place, `more` replaces other parts."""
+    report = bench_report() | more
     for name, model in report["models"].items():
         folders = {"model": recipe.exported_models()[name], "export": recipe.stage_dir("export") / name}
         model["sha256"] = {what: content_hash(folder) for what, folder in folders.items() if folder.is_dir()}

@@ -1,6 +1,7 @@
 """The bench stage: only verified files get figures, every backend sees the same inputs, quality is computed right."""
 
 import json
+import re
 import shutil
 
 import numpy as np
@@ -9,18 +10,26 @@ import pytest
 import torch
 
 from export import bench as stage
-from export.bench_inputs import quality_batches, speed_arrays
-from export.bench_worker import check_compiled, describe, peak_memory_mib, reset_peak_memory
+from export.bench_inputs import Cell, grid, prompt_arrays, prompts_of, quality_batches, speed_arrays
+from export.bench_table import describe_noise
+from export.bench_worker import (
+    check_compiled,
+    describe,
+    describe_decode,
+    measure_decode,
+    peak_memory_mib,
+    reset_peak_memory,
+)
 from export.export import export_model
 from export.io_spec import read_spec
-from export.runners import open_torch
+from export.runners import open_onnx, open_torch
 from export.scores import score
-from export.windows import Measurement, Window
+from export.windows import Measurement, Settings, SystemClock, Window
 from tests.export.conftest import build_tokenizer
 from trainer.artifact import content_hash, hash_file, read_artifact, write_json
 from trainer.config import Recipe
 from trainer.errors import GateFailed, UserError
-from trainer.export_config import Export
+from trainer.export_config import Bench, Export
 
 EXPORT = Export.model_validate(
     {"quality": None, "parity": {"shapes": [[2, 9]], "int8": {"relative_rms": 0.15, "min_top1": 0.0}}}
@@ -68,7 +77,20 @@ def test_the_whole_stage_writes_its_report(exported, model_folder, documents, mo
         assert row["threads"] == 1
         if row["status"] == "ok":
             assert row["p50_ms"] > 0 and row["calls"] >= 9
+            assert row.get("limit_share", 1) > 0 and row.get("limit", "memory") in ("memory", "compute")
+            assert row["cold_start_s"] > row["p50_ms"] / 1e3
             assert row["real_tokens_per_s"] == pytest.approx(row["samples_per_s"] * row["sequence_length"])
+    nodes = {row["backend"]: row["nodes"] for row in report["rows"]}
+    assert nodes["eager"] is None
+    assert set(nodes["onnx_fp32"]) == {"CPUExecutionProvider"} and nodes["onnx_fp32"]["CPUExecutionProvider"] > 30
+    assert {"fp32_per_s", "int8_per_s", "bytes_per_s"} <= set(report["rates"])
+    assert report["decode"] == report["load"] == []
+    noise = report["noise"]
+    if any(row["status"] == "ok" and row["backend"].startswith("onnx") for row in report["rows"]):
+        assert noise["model"] == "m" and noise["backend"].startswith("onnx")
+        twice = {(shape["sequence_length"], shape["p50_ms"]) for shape in noise["shapes"]}
+        assert twice <= {(row["sequence_length"], row.get("p50_ms")) for row in report["rows"]}
+        assert noise["relative"] == max((shape["relative"] for shape in noise["shapes"]), default=None)
     sizes = {row["backend"]: row["file_mib"] for row in report["rows"]}
     assert sizes["onnx_int8"] < sizes["onnx_fp32"]
     values = {entry["backend"]: entry["value"] for entry in report["quality"]}
@@ -113,9 +135,10 @@ def test_rows_without_evidence_are_refused(damage, reason, exported, model_folde
     damage(root / "export" / "m")
     subject = subject_of(root, model_folder("bert"), documents, monkeypatch, tmp_path)
     monkeypatch.setattr(stage, "run_worker", None)  # a refused backend starts no process
-    rows, found = stage.measure_backend(subject, "onnx_fp32", make_recipe(root, subject.model).bench, 1, tmp_path)
+    found = stage.measure_backend(subject, "onnx_fp32", make_recipe(root, subject.model).bench, 1, tmp_path)
+    rows = found["rows"]
     assert [(row["status"], row["reason"]) for row in rows] == [("refused", reason)] * 2
-    assert found == []
+    assert set(found) == {"rows"}
     assert all("p50_ms" not in row for row in rows)
 
 
@@ -143,17 +166,46 @@ def test_a_worker_that_dies_fails_the_stage_after_the_report(exported, model_fol
     assert [row["status"] for row in rows] == ["failed", "failed"]
 
 
+def test_nodes_that_ran_elsewhere_refuse_their_rows(exported, model_folder, documents, monkeypatch, tmp_path):
+    """A provider that ONNX Runtime has and opens here, and that runs none of these nodes: all fall to the CPU."""
+    subject = subject_of(exported, model_folder("bert"), documents, monkeypatch, tmp_path)
+    settings = make_recipe(exported, subject.model).bench.model_copy(update={"provider": "AzureExecutionProvider"})
+    found = stage.measure_backend(subject, "onnx_fp32", settings, 1, tmp_path)
+    assert set(found) == {"rows"}
+    for row in found["rows"]:
+        assert row["status"] == "refused" and "p50_ms" not in row
+        assert re.match(r"\d+ of \d+ nodes did not run on AzureExecutionProvider: \d+ \w+, ", row["reason"])
+
+
+def test_a_provider_that_is_not_installed_stops_before_anything_is_measured(exported, model_folder, monkeypatch):
+    monkeypatch.setattr(stage, "run_worker", None)
+    recipe = make_recipe(exported, model_folder("bert"), provider="CUDAExecutionProvider")
+    with pytest.raises(UserError, match="this ONNX Runtime has") as caught:
+        stage.run(recipe)
+    assert type(caught.value) is UserError
+
+
+def test_without_a_stable_row_there_is_no_noise(monkeypatch, tmp_path):
+    monkeypatch.setattr(stage, "run_worker", None)
+    row = {"model": "m", "backend": "eager", "status": "unstable", "p50_ms": 1.0}
+    found = stage.measure_noise({}, [row], Bench(), 1, tmp_path)
+    assert found == {"relative": None, "shapes": [], "reason": "no row is stable"}
+    assert describe_noise(found) == "noise unknown (no row is stable): rows are not ranked"
+
+
 def test_measurements_with_too_few_windows_have_no_speed():
     window = Window((0.1, 0.2), 0.9)
-    row = describe(Measurement(False, "others used the CPU", (window, window), 4, 0.5), 2, 16)
+    row = describe(Measurement(False, "others used the CPU", (window, window), 4, 0.5), 2, 16, 16)
     assert row["status"] == "unstable"
     assert not {"p50_ms", "samples_per_s", "real_tokens_per_s"} & set(row)
-    row = describe(Measurement(False, "noise", (Window((9.0,), 0.9), window, window, window), 0, 0.9), 2, 16)
+    row = describe(Measurement(False, "noise", (Window((9.0,), 0.9), window, window, window), 0, 0.9), 2, 16, 16)
     assert (row["status"], row["reason"]) == ("unstable", "noise")
     assert row["p50_ms"] == pytest.approx(150.0)
-    row = describe(Measurement(True, "", (window, window, window), 1, 0.9), 2, 12)
+    row = describe(Measurement(True, "", (window, window, window), 1, 0.9), 2, 12, 16)
     assert row["samples_per_s"] == pytest.approx(2 / 0.15)
     assert row["real_tokens_per_s"] == pytest.approx(12 / 0.15)
+    assert row["padded_tokens_per_s"] == pytest.approx(16 / 0.15)
+    assert row["padding"] == pytest.approx(0.25)
     assert row["p50_ms"] == pytest.approx(150.0)
 
 
@@ -163,7 +215,7 @@ def test_measurements_with_too_few_windows_have_no_speed():
 )
 def test_percentiles_need_calls_beyond_them(calls, p90_ms, p99_ms):
     window = Window((0.001,) * (calls // 3), 0.9)
-    row = describe(Measurement(True, "", (window, window, window), 0, 0.9), 1, 8)
+    row = describe(Measurement(True, "", (window, window, window), 0, 0.9), 1, 8, 8)
     assert (row["calls"], row["p50_ms"]) == (calls, pytest.approx(1.0))
     for key, expected in (("p90_ms", p90_ms), ("p99_ms", p99_ms)):
         assert row[key] is None if expected is None else row[key] == pytest.approx(expected), key
@@ -175,12 +227,76 @@ def test_lengths_beyond_the_models_are_refused(model_folder, tmp_path):
         stage.prepare_subject(recipe, recipe.bench, "m", model_folder("bert"), tmp_path)
 
 
+def test_generating_needs_room(model_folder, tmp_path):
+    recipe = make_recipe(tmp_path, model_folder("gpt2"), decode={"prompt_lengths": [8, 60], "new_tokens": 13})
+    with pytest.raises(UserError, match="bench.decode takes 73\nNeeded: at most 72, what m takes"):
+        stage.prepare_subject(recipe, recipe.bench, "m", model_folder("gpt2"), tmp_path)
+    recipe = make_recipe(tmp_path, model_folder("gpt2"), load={"p99_limit_ms": 1, "new_tokens": 57})
+    with pytest.raises(UserError, match="bench.load takes sequence_lengths and new_tokens, 73"):
+        stage.prepare_subject(recipe, recipe.bench, "m", model_folder("gpt2"), tmp_path)
+
+
+def test_only_models_with_a_cache_generate(model_folder):
+    settings = Bench(batch_sizes=(1, 2), decode={"prompt_lengths": [4, 8]})
+    assert prompts_of(settings, read_spec(model_folder("gpt2"))) == [(1, 4), (2, 4), (1, 8), (2, 8)]
+    assert prompts_of(settings, read_spec(model_folder("bert"))) == []
+    roomy = Bench(batch_sizes=(1,), sequence_lengths=(8, 56, 57), decode={"new_tokens": 16})  # 72 in all
+    assert prompts_of(roomy, read_spec(model_folder("gpt2"))) == [(1, 8), (1, 56)]
+    assert prompts_of(Bench(decode=None), read_spec(model_folder("gpt2"))) == []
+
+
+def test_generating_is_measured_by_its_first_token_and_by_all(raw_graph, model_folder, documents):
+    spec = read_spec(model_folder("gpt2"))
+    prompts = prompt_arrays(documents, spec, [(2, 6)])["prompts0"]
+    assert prompts.shape == (2, 6)
+    settings = Settings(threads=1, window_s=0.005, max_windows=5, stability=0.99)
+    runner = open_onnx(raw_graph("gpt2"), 1)
+    row = measure_decode(runner, model_folder("gpt2"), prompts, 9, settings, SystemClock())
+    assert row["status"] in ("ok", "unstable")
+    if row["status"] == "ok":
+        whole_s = row["first_token_ms"] / 1e3 + 8 * row["token_ms"] / 1e3
+        assert row["tokens_per_s"] == pytest.approx(2 * 9 / whole_s)
+
+
+def test_times_of_generating_by_hand():
+    def measured(call_s, stable=True):
+        window = Window((call_s,) * 3, 0.9)
+        return Measurement(stable, "" if stable else "noise", (window, window, window), 0, 0.9)
+
+    row = describe_decode(measured(0.010), measured(0.040), batch_size=4, new_tokens=16)
+    assert (row["status"], row["first_token_ms"], row["token_ms"]) == ("ok", pytest.approx(10), pytest.approx(2))
+    assert row["tokens_per_s"] == pytest.approx(4 * 16 / 0.04)
+    row = describe_decode(measured(0.010), measured(0.040, stable=False), 4, 16)
+    assert (row["status"], row["reason"]) == ("unstable", "noise")
+    contended = Measurement(False, "others used the CPU", (), 4, 0.3)
+    row = describe_decode(contended, measured(0.040), 4, 16)
+    assert row == {"status": "unstable", "reason": "others used the CPU", "cpu_share": 0.3}
+
+
 def test_speed_rows_are_full_of_text(documents, model_folder):
     spec = read_spec(model_folder("bert"))
-    arrays = speed_arrays(documents, spec, [(2, 8), (3, 40)])
+    arrays = speed_arrays(documents, spec, [Cell(2, 8), Cell(3, 40)], seed=0)
     assert arrays["cell1|attention_mask"].sum() == 120
     text = np.concatenate(documents)
     assert arrays["cell1|input_ids"].ravel().tolist() == np.resize(text, 120).tolist()
+
+
+def test_real_rows_are_documents_cut_and_padded_to_the_longest(documents, model_folder):
+    spec = read_spec(model_folder("bert"))
+    lengths = sorted(min(len(document), 60) for document in documents)
+    assert lengths[0] < lengths[-1]
+    arrays = speed_arrays(documents, spec, [Cell(3, 60, "real"), Cell(5, 9999, "real")], seed=1)
+    rows = {tuple(row[:length]) for row, length in zip(
+        arrays["cell0|input_ids"].tolist(), arrays["cell0|attention_mask"].sum(axis=1), strict=True)}  # fmt: skip
+    assert rows == {tuple(document[:60].tolist()) for document in documents}  # each once, as there are as many
+    assert arrays["cell0|input_ids"].shape == (3, lengths[-1])
+    assert arrays["cell1|attention_mask"].shape[1] == max(map(len, documents))
+
+
+def test_the_grid_has_no_real_batch_of_one():
+    settings = Bench(batch_sizes=(1, 4), sequence_lengths=(16, 8), lengths=("full", "real"))
+    assert grid(settings) == [Cell(1, 8), Cell(1, 16), Cell(4, 8), Cell(4, 8, "real"), Cell(4, 16),
+                              Cell(4, 16, "real")]  # fmt: skip
 
 
 def test_masks_are_deterministic_and_spare_special_tokens(documents, model_folder):

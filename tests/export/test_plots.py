@@ -90,6 +90,17 @@ def test_no_picture_without_figures(tmp_path):
     assert set(plots.draw_all(found, tmp_path)) == {"loss", "throughput"}
 
 
+def test_load_is_the_99th_percentile_against_the_rate(recipe):
+    (axes,) = plots.load(read_results(recipe)).axes
+    drawn = lines(axes)
+    assert drawn["student onnx int8"].tolist() == [[320.0, 11.0], [480.0, 31.0], [560.0, 93.0]]
+    assert set(drawn["limit, 50 ms"][:, 1]) == {50.0}
+    never = bench_report()["load"]
+    never[0]["points"] = [point | {"p99_ms": None} for point in never[0]["points"]]
+    bench(recipe, load=never)
+    assert plots.load(read_results(recipe)) is None
+
+
 def test_size_takes_each_model_and_backend_once(recipe):
     (axes,) = plots.size(read_results(recipe)).axes
     assert [height for _, height in bars(axes)] == [44.0, 22.0, 44.0, 22.0, 44.0, 22.0, 12.0, 6.0]
@@ -108,6 +119,16 @@ def test_pareto_front_where_lower_is_better():
 
     points = [point(1.0, 20.0), point(2.0, 25.0), point(3.0, 10.0), point(3.0, 9.0), point(4.0, 9.0)]
     assert [(p["ms"], p["value"]) for p in pareto_front(points)] == [(1.0, 20.0), (3.0, 9.0)]
+
+
+def test_points_within_the_noise_of_each_other_are_judged_by_quality_alone():
+    def point(ms, value):
+        return {"model": "m", "backend": "b", "ms": ms, "metric": "masked_accuracy", "value": value}
+
+    points = [point(1.0, 0.3), point(1.05, 0.4), point(2.0, 0.5)]
+    assert pareto_front(points) == points
+    assert pareto_front(points, noise=0.06) == points[1:]
+    assert pareto_front([point(1.0, 0.4), point(1.05, 0.4)], noise=0.06) == [point(1.0, 0.4), point(1.05, 0.4)]
 
 
 def test_unverified_and_unstable_rows_are_no_points(recipe):

@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from export import plots
-from export.report import commands, duration, lineage, number, run, stage_command
+from export.report import commands, describe_rows, duration, lineage, number, run, stage_command
 from export.results import read_metrics, read_results, summarize
 from tests.export import synthetic_run
 from tests.export.synthetic_run import (
@@ -61,8 +61,11 @@ def test_summary_of_a_whole_run(whole):
         "teacher_latency_ms": 12.0,  # eager, though its int8 takes 3.0
         "student_latency_ms": 1.5,  # the best of 6.5, 6.0, 4.0 and 1.5
         "speedup": 8.0,
+        "noise": 0.05,
+        "tied": False,
         "stable": True,
         "student_backend": "onnx_int8",
+        "tied_backends": [],
         "batch_size": 1,
         "sequence_length": 128,
         "threads": 2,
@@ -89,18 +92,22 @@ def test_page_stands_alone(whole):
     page = (whole.run_dir / "report.html").read_text()
     assert "<script" not in page and "<link" not in page and "http://" not in page and "https://" not in page
     sources = re.findall(r'src="([^"]*)"', page)
-    assert len(sources) == 5
+    assert len(sources) == 6
     for source in sources:
         assert base64.b64decode(source.removeprefix("data:image/png;base64,")).startswith(PNG)
     assert {path.name for path in (whole.run_dir / "plots").iterdir()} == {
-        "loss.png", "throughput.png", "latency.png", "quality.png", "size.png"
+        "loss.png", "throughput.png", "latency.png", "quality.png", "size.png", "load.png"
     }  # fmt: skip
 
 
 def test_page_shows_what_was_measured(whole):
     shown = text_of((whole.run_dir / "report.html").read_text())
     for expected in ("8.0×", "12 → 1.5 ms", "970", "300,000", "duplicate 10", "resumed at step 20", "1 min 40 s",
-                     "student onnx int8 1 × 128 ok 1.5 1.65 1.95 400", "Test CPU, 2 threads",
+                     "student onnx int8 1 × 128 ok 1 1.5 1.65 1.95 400", "Test CPU, 2 threads",
+                     "0.25 300 6 25% compute", "student onnx int8 1 × 32 + 16 ok 8.25 2.125 444 38% memory",
+                     "150 GFLOP/s in fp32 products, 600 Gop/s in int8 products, 25 GB/s in copies",
+                     "student onnx int8 ok 480 4 31 1,000 1.5 yes, the highest that does",
+                     "student onnx int8 ok 560 4 93 1,000 1.5 no", "student onnx int8 640 requests/s",
                      "2 min 30 s", "lmworks pretrain quickstart pretrain.max_steps=40"):  # fmt: skip
         assert expected in shown, expected
 
@@ -287,7 +294,7 @@ def test_refused_and_failed_rows_are_never_numbers(tmp_path, capsys):
     assert "0.1234" not in page and "0.5432" not in page
     said = text_of(page)
     assert "teacher eager failed: RuntimeError: out of memory" in said
-    assert "student onnx int8 1 × 128 refused – – – – – – – –" in said
+    assert "student onnx int8 1 × 128 refused" + 11 * " –" in said
 
 
 def test_unstable_rows_without_numbers(tmp_path, capsys):
@@ -312,6 +319,83 @@ def test_a_file_changed_after_its_parity_is_not_verified(tmp_path, capsys):
     assert summary["parity_passed"] is False
     assert (summary["student_backend"], summary["student_latency_ms"]) == ("onnx_fp32", 4.0)
     assert "no evidence for this file" in page and "(parity not shown)" in page
+
+
+def noise(relative):
+    return {"model": "teacher", "backend": "eager", "relative": relative, "shapes": [], "reason": ""}
+
+
+def test_rows_within_the_noise_share_their_place(tmp_path, capsys):
+    """At 1 x 128: 1.5, 3, 4, 6, 6.5, 8, 11, 12 ms. With 40 % of noise 4 is not slower than 3, nor 8 than 6."""
+    recipe = build(tmp_path / "demo")
+    bench(recipe, noise=noise(0.4))
+    found = read_results(recipe)
+    places = {row["p50_ms"]: row["rank"] for row in describe_rows(found) if row["shape"] == "1 × 128"}
+    assert places == {1.5: "1", 3.0: "2, tied", 4.0: "2, tied", 6.0: "4, tied", 6.5: "4, tied", 8.0: "4, tied",
+                      11.0: "6, tied", 12.0: "7, tied"}  # fmt: skip
+    assert "measured twice in two processes, differed from itself by up to 40.0%" in text_of(report(recipe, capsys)[1])
+
+
+def test_a_best_backend_within_the_noise_of_another_is_called_tied(tmp_path, capsys):
+    recipe = build(tmp_path / "demo")
+
+    def change(row):
+        if (row["model"], row["backend"]) == ("student", "onnx_fp32"):
+            row["p50_ms"] = row["p50_ms"] * 1.55 / 4
+
+    bench(recipe, change)
+    summary, page, _ = report(recipe, capsys)
+    assert (summary["student_backend"], summary["tied_backends"]) == ("onnx_int8", ["onnx_fp32"])
+    assert "student in onnx int8 (tied with onnx fp32) against teacher" in text_of(page)
+    bench(recipe, change, noise=noise(0.01))
+    assert summarize(read_results(recipe))["tied_backends"] == []
+
+
+def test_a_student_within_the_noise_of_its_teacher_is_no_faster(tmp_path, capsys):
+    recipe = build(tmp_path / "demo")
+    bench(recipe, noise=noise(9.0))
+    summary, _, shown = report(recipe, capsys)
+    assert summary["tied"] is True
+    assert "8.0× (within the noise)" in shown
+
+
+def test_an_older_report_is_shown_unranked_and_says_what_to_run(tmp_path, capsys):
+    """As bench wrote it before it measured anything twice, the machine, generating and load."""
+    recipe = build(tmp_path / "demo")
+    path = recipe.stage_dir("bench") / "report.json"
+    old = json.loads(path.read_text())
+    for part in ("noise", "rates", "decode", "load"):
+        del old[part]
+    path.write_text(json.dumps(old))
+    summary, page, _ = report(recipe, capsys)
+    assert (summary["speedup"], summary["noise"], summary["tied"], summary["tied_backends"]) == (8.0, None, None, None)
+    assert {row["rank"] for row in describe_rows(read_results(recipe))} == {""}
+    assert "so rows are not ranked; to rank them run bench again" in text_of(page)
+    assert "measured by an older lmworks" in text_of(page)
+    assert "Under load" not in page and "Generating" not in page
+
+
+def test_rows_of_real_lengths_are_shown_but_not_compared(tmp_path, capsys):
+    """Batches of real documents are other work than full ones: faster, for having less to do."""
+    recipe = build(tmp_path / "demo")
+
+    def change(row):
+        if (row["backend"], row["sequence_length"]) == ("onnx_int8", 128):
+            row.update(lengths="real", padded_tokens_per_s=5000.0)
+
+    bench(recipe, change)
+    summary, page, _ = report(recipe, capsys)
+    assert (summary["student_backend"], summary["student_latency_ms"]) == ("onnx_fp32", 4.0)
+    assert "student onnx int8 8 × 128 real ok 1 " in text_of(page)
+    assert "real tokens/s padded tokens/s start s" in text_of(page)
+
+
+def test_the_page_says_where_nodes_ran(tmp_path, capsys):
+    recipe = build(tmp_path / "demo")
+    bench(recipe, lambda row: row.update(nodes={"CUDAExecutionProvider": 40, "CPUExecutionProvider": 3}))
+    assert "teacher onnx int8: 40 on CUDAExecutionProvider, 3 on CPUExecutionProvider;" in text_of(
+        report(recipe, capsys)[1]
+    )
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,79 @@
+"""What a terminal shows of a benchmark. The whole of it stands in report.json, and is drawn by `report`."""
+
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+_COLUMNS = (  # heading, key of a row, format
+    ("p50 ms", "p50_ms", ".2f"),
+    ("p99 ms", "p99_ms", ".2f"),
+    ("tokens/s", "real_tokens_per_s", ",.0f"),
+    ("of limit", "limit_share", ".0%"),
+    ("start s", "cold_start_s", ".2f"),
+    ("peak MiB", "peak_memory_mib", ",.0f"),
+    ("file MiB", "file_mib", ".1f"),
+)
+
+
+def show(report: dict[str, Any]) -> None:
+    """Print the report as a table, then why rows are without figures, what is no ranking, and all else line by line."""
+    console = Console(highlight=False, soft_wrap=True)
+    table = Table(
+        box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
+        caption=f"{report['machine']['cpu']}, {report['machine']['threads']} threads",
+    )
+    for column in ("model", "backend", "batch"):
+        table.add_column(column, no_wrap=True)
+    for column, _, _ in _COLUMNS:
+        table.add_column(column, justify="right", no_wrap=True)
+    for row in report["rows"]:
+        numbers = [format(row[key], style) if row.get(key) is not None else "" for _, key, style in _COLUMNS]
+        if row["status"] != "ok":
+            numbers[0] = row["status"]
+        table.add_row(row["model"], row["backend"], _shape(row), *numbers)
+    console.print(table)
+    for row in report["rows"]:
+        if row["status"] != "ok":
+            about = f"{row['model']} {row['backend']} {_shape(row)}"
+            console.print(f"{about}: {row['status']}: {row['reason']}", markup=False)
+    console.print(describe_noise(report["noise"]), markup=False)
+    for entry in report["quality"]:
+        console.print(f"{entry['model']} {entry['backend']}: {entry['metric']} {entry['value']:.4f}")
+    for line in (*map(describe_decode, report["decode"]), *map(describe_load, report["load"])):
+        console.print(line, markup=False)
+
+
+def describe_decode(row: dict[str, Any]) -> str:
+    """One row of generating, in one sentence."""
+    about = f"{row['model']} {row['backend']} {row['batch_size']}x{row['prompt_tokens']}+{row['new_tokens']}: "
+    if row.get("token_ms") is None:
+        return about + f"{row['status']}: {row['reason']}"
+    times = f"first token {row['first_token_ms']:.1f} ms, each further {row['token_ms']:.2f} ms"
+    return about + f"{times}, {row['tokens_per_s']:,.0f} tokens/s" + (" (unstable)" if row["status"] != "ok" else "")
+
+
+def describe_load(entry: dict[str, Any]) -> str:
+    """What one server held, in one sentence."""
+    about = f"{entry['model']} {entry['backend']}: "
+    if entry["status"] == "failed":
+        return about + f"failed: {entry['reason']}"
+    best, most = entry["highest_rate_per_s"], entry["most_per_s"]
+    held = "no rate that was tried holds" if best is None else f"{best:.1f} requests/s hold"
+    shaky = f" (unstable: {entry['reason']})" if entry["status"] != "ok" else ""
+    return about + f"{held} p99 of {entry['limit_ms']:g} ms; {most:.1f} at the most, with the queue never empty{shaky}"
+
+
+def describe_noise(noise: dict[str, Any]) -> str:
+    """What smaller differences than the noise mean, in one sentence."""
+    if noise["relative"] is None:
+        return f"noise unknown ({noise['reason']}): rows are not ranked"
+    return (f"{noise['model']} {noise['backend']}, measured twice, differed by up to {noise['relative']:.1%}: "
+            "rows that differ by less are not ranked")  # fmt: skip
+
+
+def _shape(row: dict[str, Any]) -> str:
+    return f"{row['batch_size']}x{row['sequence_length']}" + (" real" if row["lengths"] == "real" else "")

@@ -1,0 +1,37 @@
+"""The benchmark on a GPU: ONNX Runtime's nodes run there, PyTorch's rows too, and both say what the CPU says."""
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+
+from export.io_spec import read_spec
+from export.provider_audit import audit
+from export.runners import open_onnx, open_torch
+from tests.export.conftest import model_folder, raw_graph  # noqa: F401 - fixtures
+
+CUDA = "CUDAExecutionProvider"
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
+]
+
+
+@pytest.mark.skipif(CUDA not in onnxruntime.get_available_providers(), reason="needs onnxruntime-gpu")
+@pytest.mark.parametrize("name", ["bert", "gpt2", "llama"])
+def test_all_that_computes_runs_on_the_gpu(name, raw_graph, model_folder):  # noqa: F811
+    inputs = read_spec(model_folder(name)).pad([np.arange(5, 20), np.arange(5, 11)], 15)
+    found = audit(raw_graph(name), CUDA, 1, inputs)
+    assert found.strayed == {}
+    assert found.nodes[CUDA] > found.nodes.get("CPUExecutionProvider", 0)
+    runners = (open_onnx(raw_graph(name), 1, provider) for provider in (CUDA, "CPUExecutionProvider"))
+    logits = [runner.run(inputs)["logits"] for runner in runners]
+    np.testing.assert_allclose(logits[0][0], logits[1][0], atol=1e-3)
+
+
+def test_pytorch_rows_run_on_the_gpu(model_folder):  # noqa: F811
+    folder = model_folder("bert")
+    inputs = read_spec(folder).pad([np.arange(5, 20)], 15)
+    there, here = open_torch(folder, 1, device="cuda"), open_torch(folder, 1)
+    assert next(there.call.parameters()).is_cuda
+    np.testing.assert_allclose(there.run(inputs)["logits"], here.run(inputs)["logits"], atol=1e-3)
