@@ -112,8 +112,9 @@ def quality_batches(
 
 
 def _pieces(documents: Documents, length: int) -> Iterator[np.ndarray]:
-    for document in documents:
-        for start in range(0, len(document), length):
+    """The first piece of each document, then the second of each that has one: few rows are of many documents."""
+    for start in range(0, max(map(len, documents), default=0), length):
+        for document in documents:
             if len(document) - start >= min(_MIN_ROW_TOKENS, length):
                 yield document[start : start + length]
 

@@ -130,15 +130,21 @@ class IoSpec:
 def read_spec(folder: Path) -> IoSpec:
     """The face of the model in a transformers folder.
 
-    Raises UserError when there is no config.json, or its architecture is not one of `TASKS`.
+    Raises UserError when there is no config.json that can be read, or its architecture is not one of `TASKS`.
     """
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     if not (folder / "config.json").is_file():
         raise UserError(
             f"{folder} holds no config.json", "a model folder of transformers", "train it, or mend the path"
         )
-    return spec_of(AutoConfig.from_pretrained(folder, local_files_only=True))
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (ValueError, KeyError, TypeError, OSError, StrictDataclassError) as error:
+        said = " ".join(str(error).split())[:300]
+        raise UserError(f"{folder}/config.json: {said}", f"a config of one of {', '.join(TASKS)}", "mend it") from None
+    return spec_of(config)
 
 
 def spec_of(config: Any) -> IoSpec:
@@ -162,7 +168,7 @@ def spec_of(config: Any) -> IoSpec:
         outputs=outputs + (cache.ports(cache.present_names, TOTAL) if cache else ()),
         max_length=_max_length(config),
         vocab_size=config.vocab_size,
-        pad_id=config.pad_token_id or 0,
+        pad_id=max(0, config.pad_token_id or 0),  # some name -1; what is padded is masked
         cache=cache,
     )
 

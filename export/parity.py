@@ -69,6 +69,12 @@ def check_parity(
             found.append(compare(what, case, port, source[port.name], actual[port.name]))
             _check_difference(what, found[-1], tolerance)
     positions = sum(item.positions for item in found)
+    if not positions and tolerance.max_abs is None and tolerance.relative_rms is None:
+        raise GateFailed(
+            f"{what}: it has no scores whose highest could agree, and no limit on differences",
+            "a limit",
+            "set max_abs or relative_rms in export.parity",
+        )
     top1 = sum(item.agreeing for item in found) / positions if positions else 1.0
     if top1 < tolerance.min_top1:
         worst = min(found, key=lambda item: item.top1)

@@ -13,6 +13,7 @@ from trainer.errors import GateFailed
 
 _SAMPLES = 2000
 _CONFIDENCE = 0.95
+_FEWEST_ROWS = 30  # of a bootstrap that tells something, by the usual rule; one row's interval has no width at all
 
 
 def kept_share(source: Scores, candidate: Scores) -> float:
@@ -50,6 +51,12 @@ def check_quality(what: str, source: Scores, candidate: Scores, share: float) ->
             f"{what}: the source itself gets none of {source.counts_R.sum()} masked tokens right",
             "a model with some quality to keep",
             "set export.quality to null for a model that was not trained",
+        )
+    if len(source.sums_R) < _FEWEST_ROWS:
+        raise GateFailed(
+            f"{what}: {len(source.sums_R)} rows of text to judge quality by",
+            f"{_FEWEST_ROWS} or more",
+            "raise export.quality.sequences, give it more validation text, or set export.quality to null",
         )
     kept, (low, high) = kept_share(source, candidate), interval(source, candidate)
     seen = f"{source.metric} {candidate.value:.4g} against {source.value:.4g}, {kept:.2%} ({low:.2%} to {high:.2%})"

@@ -29,6 +29,7 @@ from export import files
 from export.files import data_file
 from export.io_spec import BATCH, PAST, SEQUENCE, TOTAL, CacheLayout, IoSpec
 from trainer.errors import UserError
+from trainer.models import refused
 
 _LOADERS: dict[str, Any] = {
     "masked_lm": AutoModelForMaskedLM,
@@ -45,7 +46,8 @@ _TRACED_BATCH, _TRACED_LENGTH, _TRACED_PAST = 2, 24, 5
 def load_model(folder: Path, spec: IoSpec) -> torch.nn.Module:
     """The model of a folder as it is served: fp32, evaluation mode, on the CPU.
 
-    UserError for a folder without safetensors: its weights could only be a pickle, which runs code when it is opened.
+    UserError for a folder without safetensors: its weights could only be a pickle, which runs code when it is opened;
+    and for one that lacks weights, which transformers would make up, the same ones in source and graph.
     """
     if not any(folder.glob("*.safetensors")):
         raise UserError(
@@ -54,9 +56,24 @@ def load_model(folder: Path, spec: IoSpec) -> torch.nn.Module:
             "load the model where you trust it, and save_pretrained it again",
         )
     transformers_logging.disable_progress_bar()
-    model = _LOADERS[spec.task].from_pretrained(
-        folder, local_files_only=True, use_safetensors=True, dtype=torch.float32, attn_implementation="sdpa"
-    )
+    with refused(str(folder), f"whole weights of a {spec.architecture} that has attention sdpa"):
+        loaded: Any = _LOADERS[spec.task].from_pretrained(
+            folder,
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+            dtype=torch.float32,
+            attn_implementation="sdpa",
+            output_loading_info=True,
+        )
+    model, loading = loaded
+    lacking = sorted(name for name in loading["missing_keys"] if not name.startswith("pooler."))  # not asked for
+    if lacking:
+        raise UserError(
+            f"{folder} lacks {len(lacking)} of the weights of {spec.architecture}, first {lacking[0]}",
+            "a folder with all of them",
+            "take the one that holds them, or train the model",
+        )
     return model.eval()
 
 
@@ -108,7 +125,7 @@ def export_graph(model: torch.nn.Module, spec: IoSpec, path: Path, opset: int) -
     The model's Conv1D layers become Linear.
     """
     replace_conv1d(model)
-    with torch.no_grad(), _quiet():
+    with torch.no_grad(), _quiet(), _as_user_error(spec):
         program = torch.onnx.export(
             Traceable(model, spec).eval(),
             _example(spec),
@@ -155,6 +172,20 @@ def _tidy(model: ir.Model, spec: IoSpec) -> None:
         value.shape = ir.Shape(dims)
     for node in model.graph.all_nodes():
         node.metadata_props.pop("pkg.torch.onnx.stack_trace", None)
+
+
+@contextlib.contextmanager
+def _as_user_error(spec: IoSpec) -> Iterator[None]:
+    """A model that torch cannot trace is the user's, or the exporter's: its first line tells more than its pages."""
+    try:
+        yield
+    except torch.onnx.errors.OnnxExporterError as error:  # pyright: ignore[reportAttributeAccessIssue]
+        said = next((line.strip() for line in str(error.__cause__ or error).splitlines() if line.strip()), "no reason")
+        raise UserError(
+            f"torch cannot export this {spec.architecture}: {said[:300]}",
+            "a model without control flow that depends on its input",
+            "change that setting of its config.json, or export another model",
+        ) from error
 
 
 @contextlib.contextmanager

@@ -127,7 +127,7 @@ def make_config(
     room = {}
     if "max_position_embeddings" in names and not {"max_position_embeddings", "n_positions"} & set(keys):
         room["max_position_embeddings"] = sequence_length + position_offset(architecture, token_id(tokenizer, "pad"))
-    with _refused(f"model.config of {architecture}", "values that this architecture takes"):
+    with refused(f"model.config of {architecture}", "values that this architecture takes"):
         config = AutoConfig.for_model(architecture, **({"vocab_size": len(tokenizer)} | special | room | dict(keys)))
     _check_vocabulary(config, tokenizer, f"model.config of {architecture}")
     require_length(config, sequence_length, f"model.config of {architecture}")
@@ -144,7 +144,7 @@ def from_config(config: PretrainedConfig, causal: bool, seed: int) -> PreTrained
         )
     torch.manual_seed(seed)
     auto = AutoModelForCausalLM if causal else AutoModelForMaskedLM
-    with _refused(f"model.config of {config.model_type}", "values that this architecture takes with attention sdpa"):
+    with refused(f"model.config of {config.model_type}", "values that this architecture takes with attention sdpa"):
         return auto.from_config(config, attn_implementation="sdpa", dtype=torch.float32)
 
 
@@ -154,7 +154,7 @@ def load_model(folder: Path, causal: bool) -> PreTrainedModel:
         raise UserError(f"{folder} holds no model", "a folder with config.json and model.safetensors", "check the path")
     auto = AutoModelForCausalLM if causal else AutoModelForMaskedLM
     options = {"local_files_only": True, "use_safetensors": True, "attn_implementation": "sdpa", "dtype": torch.float32}
-    with _refused(str(folder), "a model folder with whole safetensors, of an architecture that has attention sdpa"):
+    with refused(str(folder), "a model folder with whole safetensors, of an architecture that has attention sdpa"):
         loaded: Any = auto.from_pretrained(folder, output_loading_info=True, **options)
     model, loading = loaded
     lacking = sorted(loading["missing_keys"]) + [str(entry) for entry in loading["mismatched_keys"]]
@@ -168,7 +168,7 @@ def load_model(folder: Path, causal: bool) -> PreTrainedModel:
 
 
 @contextlib.contextmanager
-def _refused(found: str, needed: str) -> Iterator[None]:
+def refused(found: str, needed: str) -> Iterator[None]:
     """What transformers and safetensors raise for values and files of the user's, as one message."""
     try:
         yield

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -314,6 +315,13 @@ def test_masks_are_deterministic_and_spare_special_tokens(documents, model_folde
         assert not (target & (batch["attention_mask"] == 0)).any()
         lengths = batch["attention_mask"].sum(axis=1)
         assert (target.sum(axis=1) == np.maximum(1, np.round(0.15 * lengths))).all()
+
+
+def test_quality_is_judged_on_many_documents(model_folder):
+    """Not on the many pieces of the first one; what is left over of a document may be too short."""
+    long, short = np.full(1000, 5), np.full(20, 6)
+    (batch,) = quality_batches([long, *[short] * 5], read_spec(model_folder("gpt2")), Path(), 16, 8, seed=0)
+    assert batch["input_ids"][:, 0].tolist() == [5, 6, 6, 6, 6, 6, 5, 5]
 
 
 def test_perplexity_is_that_of_the_models_own_loss(documents, model_folder):

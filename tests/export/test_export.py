@@ -10,6 +10,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoTokenizer, BertConfig, BertForMultipleChoice
 
 from export import export as stage
@@ -173,6 +174,41 @@ def test_a_model_with_another_vocabulary_gets_the_validation_text_in_its_own_tok
     text.unlink()
     with pytest.raises(UserError, match=r"bert-0 reads other tokens .* has id .*, and its text is gone: .*text.txt"):
         load_documents(recipe, foreign)
+
+
+def broken(folder: Path, source: Path, **changes) -> Path:
+    """A copy of a model folder with other values in its config.json."""
+    shutil.copytree(source, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+    return folder
+
+
+def test_models_that_cannot_be_read_are_one_message(tmp_path, model_folder, documents):
+    """A layer norm that is missing would be made up alike in source and graph, so that parity would hold."""
+    bert, llama = model_folder("bert"), model_folder("llama")
+    lacking = broken(tmp_path / "lacking", bert)
+    weights = load_file(lacking / "model.safetensors")
+    kept = {name: value for name, value in weights.items() if "layer.1.output.LayerNorm" not in name}
+    save_file(kept, lacking / "model.safetensors", {"format": "pt"})
+    cut = broken(tmp_path / "cut", bert)
+    (cut / "model.safetensors").write_bytes((bert / "model.safetensors").read_bytes()[:5000])
+    no_json = broken(tmp_path / "no_json", bert)
+    (no_json / "config.json").write_text('{"architectures": ["Ber')
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    cases = {
+        lacking: "lacks 2 of the weights of BertForMaskedLM, first bert.encoder.layer.1.output.LayerNorm.bias",
+        cut: "(?i)cut: .*header",
+        no_json: "no_json/config.json: ",
+        broken(tmp_path / "unknown", bert, model_type="nonesuch"): "unknown/config.json: .*nonesuch",
+        broken(tmp_path / "untyped", bert, model_type=None): "untyped/config.json: ",
+        broken(tmp_path / "rope", llama, rope_parameters=rope): "torch cannot export this LlamaForCausalLM: ",
+    }
+    for folder, message in cases.items():
+        with pytest.raises(UserError, match=message):
+            stage.export_model(Recipe(run_dir=tmp_path), SETTINGS, "m", folder, documents)
+    assert not (tmp_path / "export" / "m").exists()
+    assert read_spec(broken(tmp_path / "pad", llama, pad_token_id=-1)).pad_id == 0
 
 
 def test_refusals(tmp_path, model_folder, documents):

@@ -365,3 +365,10 @@ def test_top1_has_a_gate_of_its_own(bert):
     only_top1 = INT8.model_copy(update={"relative_rms": None, "min_top1": 0.9})
     with pytest.raises(GateFailed, match=r"highest logit agrees at \d"):
         bert.check(lambda g: change(g, "decoder.bias", raise_one), tolerance=only_top1)
+
+
+def test_a_model_without_scores_needs_a_limit_on_differences(model_folder, raw_graph, documents, tmp_path):
+    features = Bench(model_folder("bert_features"), raw_graph("bert_features"), documents, tmp_path)
+    anything = Parity.model_validate({"int8": {"relative_rms": None}}).int8
+    with pytest.raises(GateFailed, match="no scores whose highest could agree, and no limit on differences"):
+        features.check(tolerance=anything)

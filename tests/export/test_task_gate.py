@@ -58,12 +58,15 @@ def test_the_interval_is_that_of_paired_rows():
 
 
 def test_too_little_text_proves_nothing():
-    """Four rows: 3 of 20 right against 4 of 20 may be chance, in either direction."""
-    counts_R = np.full(4, 5)
-    source = Scores("masked_accuracy", np.array([2.0, 0, 1, 1]), counts_R)
-    candidate = Scores("masked_accuracy", np.array([1.0, 1, 1, 1]), counts_R)
+    """Each form is right where the other is wrong: as good on these rows, but that may be chance."""
+    right_R, counts_R = np.tile([2.0, 0, 1, 1], 10), np.full(40, 5)
+    source = Scores("masked_accuracy", right_R, counts_R)
+    candidate = Scores("masked_accuracy", right_R[::-1], counts_R)
     with pytest.raises(GateFailed, match=r"(?s)too wide an interval to tell.*at most 4.00%"):
         check_quality("m", source, candidate, 0.99)
+    one = Scores("masked_accuracy", np.array([3.0]), np.array([5]))  # whose interval has no width
+    with pytest.raises(GateFailed, match=r"(?s)1 rows of text to judge quality by.*30 or more"):
+        check_quality("m", one, one, 0.99)
 
 
 def test_a_source_without_quality_is_refused():
@@ -75,7 +78,9 @@ def test_a_source_without_quality_is_refused():
 def test_a_form_of_near_tensors_and_lost_quality_is_caught(model_folder, raw_graph, documents):
     """Limits of the tensors that let everything pass leave it to the task."""
     anything = {"relative_rms": 1e3, "max_abs": None, "min_top1": 0.0}
-    settings = Export.model_validate({"parity": {"fp32": anything}, "quality": {"sequences": 16, "share": 0.98}})
+    settings = Export.model_validate(
+        {"parity": {"fp32": anything}, "quality": {"sequences": 40, "sequence_length": 8, "share": 0.98}}
+    )
     folder = model_folder("gpt2", 1)
     gates = Gates(folder, read_spec(folder), settings, documents, seed=0)
     own, other = raw_graph("gpt2", 1), raw_graph("gpt2")
