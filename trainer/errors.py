@@ -1,6 +1,10 @@
 """What a user sees when a run cannot go on: one message, one exit code, no traceback.
 It leaves the wording of each message to the place that found the problem."""
 
+import errno
+
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)  # what an OSError says where a file system or a quota has no room
+
 EXIT_GATE_FAILED = 1
 EXIT_USER_ERROR = 2
 EXIT_RANK_LOST = 71  # EX_OSERR of sysexits.h

@@ -9,6 +9,7 @@ when the others have ended), "stop_before_step": k (as if a signal had come ther
 Prints the exit codes of each attempt's ranks as JSON.
 """
 
+import contextlib
 import json
 import os
 import signal
@@ -27,6 +28,7 @@ import trainer.pretrain
 import trainer.verify  # noqa: F401 - warm
 from trainer.__main__ import main
 from trainer.engine import fsdp2, zero_strategy
+from trainer.engine.checkpoint import Checkpoints
 from trainer.engine.fragments import FragmentFiles
 
 
@@ -57,11 +59,43 @@ def forget_second_moments(files, fragments, keys):
     FragmentFiles.real_restore(files, fragments, [key for key in keys if key != "exp_avg_sq"])
 
 
+def fill_disk(left_bytes):
+    """From the checkpoint of step 20 to that of step 40 the disk has no more room than this."""
+
+    def save(checkpoints, step, state, in_background=False):
+        ballast = checkpoints._folder / "ballast"
+        if step == 20 and checkpoints._engine.is_main:
+            disk = os.statvfs(checkpoints._folder)
+            with ballast.open("wb") as file:
+                os.posix_fallocate(file.fileno(), 0, disk.f_bavail * disk.f_bsize - left_bytes)
+        if step == 40 and checkpoints._engine.is_main:
+            ballast.unlink()
+        Checkpoints.real_save(checkpoints, step, state, in_background)
+
+    return save
+
+
+def use_up_inodes(checkpoints, step, state, in_background=False):
+    """From the checkpoint of step 20 to that of step 40 the disk takes no further file or folder."""
+    folder = checkpoints._folder
+    if step == 20:
+        with contextlib.suppress(OSError):
+            for number in range(10_000):
+                (folder / f"ballast-{number}").touch()
+    if step == 40:
+        for path in folder.glob("ballast-*"):
+            path.unlink()
+    Checkpoints.real_save(checkpoints, step, state, in_background)
+
+
 FAULTS = {
     "no_all_reduce": (zero_strategy.Zero, "backward", no_all_reduce),
     "lost_micro_batch": (zero_strategy.Zero, "backward", lose_a_micro_batch),
     "no_clipping": (fsdp2.FullyShardedDataParallel, "step", no_clipping),
     "forgotten_moments": (FragmentFiles, "restore", forget_second_moments),
+    "disk_nearly_full": (Checkpoints, "save", fill_disk(100_000)),
+    "disk_full": (Checkpoints, "save", fill_disk(0)),
+    "no_inodes": (Checkpoints, "save", use_up_inodes),
 }
 
 

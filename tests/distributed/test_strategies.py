@@ -30,14 +30,20 @@ STRATEGIES = {
 }
 
 
-def run_forked(tmp_path, attempts, timeout_s=500):
-    """Run attempts one after another; returns the ranks' exit codes of each, and what was said."""
+def run_forked(tmp_path, attempts, timeout_s=500, within=()):
+    """Run attempts one after another; returns the ranks' exit codes of each, and what was said. `within`: words of a
+    command that runs the one after it."""
     plan = tmp_path / "plan.json"
     plan.write_text(json.dumps(attempts))
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("ACCELERATE_", "MASTER_"))}
     environment = clean | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        [sys.executable, FORKED, plan], env=environment, capture_output=True, text=True, timeout=timeout_s, cwd=ROOT
+        [*within, sys.executable, FORKED, plan],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=timeout_s,
+        cwd=ROOT,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1]), done.stderr

@@ -2,6 +2,7 @@
 Every rank writes its own file and its hash; rank 0 commits when all are there. What is inside is the engine's business.
 """
 
+import contextlib
 import errno
 import json
 import shutil
@@ -18,7 +19,7 @@ from trainer.artifact import free_name, hash_file, sync_file, sync_folder, sync_
 from trainer.config import Training, deciding_settings
 from trainer.engine.engine import Engine
 from trainer.engine.fragments import FragmentFiles, write_file
-from trainer.errors import OtherRun, UserError
+from trainer.errors import DISK_FULL, OtherRun, UserError
 
 _MARKER, _LATEST = "COMMITTED", "LATEST"
 _POLL_S = 0.05
@@ -58,13 +59,13 @@ class Checkpoints:
         """
         self.finish()
         partial = self._path(step).with_name(f"{self._path(step).name}.partial")
+        self._failure: OSError | None = None
         if self._engine.is_main:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-        self._engine.ranks.wait(f"beginning the checkpoint of step {step}")
+            self._make(partial)
+        if not self._settled(f"beginning the checkpoint of step {step}"):
+            return
         entries = self._engine.snapshot()
         marker = {"step": step, "state": state | self._engine.state(), "identity": self._identity}
-        self._failure: OSError | None = None
         self._writing = threading.Thread(target=self._write, args=(step, partial, entries, marker), name="checkpoint")
         self._writing.start()
         if not in_background:
@@ -76,14 +77,19 @@ class Checkpoints:
             return
         self._writing.join()
         self._writing = None
+        self._settled("finishing a checkpoint")
+
+    def _settled(self, doing: str) -> bool:
+        """Whether no rank failed to write. A full disk is said; UserError for any other failure. A collective."""
         failures = self._engine.ranks.gather(None if self._failure is None else str(self._failure))
-        full = self._failure is None or self._failure.errno in (errno.ENOSPC, errno.EDQUOT)
-        every_full = not self._engine.ranks.agree(not full, "finishing a checkpoint")
+        full = self._failure is None or self._failure.errno in DISK_FULL
+        every_full = not self._engine.ranks.agree(not full, doing)
         said = [f"rank {rank}: {text}" for rank, text in enumerate(failures) if text is not None]
         if said and not every_full:
             raise UserError(f"the checkpoint could not be written ({'; '.join(said)})", "a folder that can be written")
         if said:
             self._say(f"checkpoint not written, going on without it ({'; '.join(said)}); the last one is kept")
+        return not said
 
     def resume(self) -> Resumed | None:
         """Load the newest whole checkpoint of this run; None if there is none, or the recipe says to start over."""
@@ -114,18 +120,27 @@ class Checkpoints:
 
     # ---- writing ---------------------------------------------------------------------------------------------------
 
+    def _make(self, partial: Path) -> None:
+        try:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+        except OSError as error:  # a disk may have no room for a folder either
+            self._failure = error
+
     def _write(self, step: int, partial: Path, entries: dict[str, Tensor], marker: dict[str, Any]) -> None:
         """What the background thread does: this rank's file, then on rank 0 the commit of all."""
         rank, world = self._engine.ranks.rank, self._engine.world
+        name = f"rank-{rank:05d}-of-{world:05d}.safetensors"
         report: dict[str, Any]
         try:
-            name = f"rank-{rank:05d}-of-{world:05d}.safetensors"
             write_file(partial / name, entries)
             sync_file(partial / name)
             report = {"name": name, "sha256": hash_file(partial / name)}
         except Exception as error:  # safetensors has an exception of its own for what the disk says
             self._failure = _as_os_error(error)
             report = {"error": str(error)}
+            with contextlib.suppress(OSError):
+                (partial / name).unlink(missing_ok=True)  # what follows finds room again
         if world > 1:
             self._hand_in(partial, rank, report)
         if rank == 0:
@@ -134,12 +149,17 @@ class Checkpoints:
                 self._commit(step, partial, reports, marker)
             except OSError as error:
                 self._failure = error
+                shutil.rmtree(partial, ignore_errors=True)
 
     def _hand_in(self, partial: Path, rank: int, report: dict[str, Any]) -> None:
+        """Tell rank 0 what became of this rank's file; an empty report, which a full disk still takes, means none."""
+        path = partial / f"rank-{rank:05d}.json"
         try:
-            write_json(partial / f"rank-{rank:05d}.json", report)
-        except OSError as error:  # rank 0 misses it, and gives the checkpoint up
+            write_json(path, report)
+        except OSError as error:
             self._failure = error
+            with contextlib.suppress(OSError):  # rank 0 misses it, and gives the checkpoint up
+                path.touch()
 
     def _handed_in(self, partial: Path, world: int) -> list[dict[str, Any]]:
         """Every rank's report. A rank that never hands one in is given up after the collective timeout."""
@@ -147,7 +167,8 @@ class Checkpoints:
         paths = [partial / f"rank-{rank:05d}.json" for rank in range(world)]
         while time.monotonic() < deadline and not all(path.is_file() for path in paths):
             time.sleep(_POLL_S)
-        reports = [json.loads(path.read_text()) if path.is_file() else {"error": "no file"} for path in paths]
+        written = [path.read_text() if path.is_file() else "" for path in paths]
+        reports = [json.loads(text) if text else {"error": "no report"} for text in written]
         for path in paths:
             path.unlink(missing_ok=True)
         return reports

@@ -4,9 +4,10 @@ Numbers are global, over all ranks; their arithmetic is in the loop and the obje
 import contextlib
 import json
 import math
+import os
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -19,6 +20,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from trainer.engine.engine import Engine
 from trainer.engine.strategy import StepResult
+from trainer.errors import DISK_FULL
 from trainer.models import TrainFlops
 from trainer.objectives.loss import LossSum
 
@@ -168,8 +170,9 @@ class Log:
         if not is_main:
             return
         folder.mkdir(parents=True, exist_ok=True)
-        self._file = (folder / "metrics.jsonl").open("a", encoding="utf-8", buffering=1)  # whole lines, at once
-        self._board = SummaryWriter(str(folder / "tensorboard"))
+        self._file = (folder / "metrics.jsonl").open("ab", buffering=0)
+        self._waiting = b""  # lines that a full disk did not take
+        self._board: SummaryWriter | None = SummaryWriter(str(folder / "tensorboard"))
         if self.console.is_terminal:
             self._bar = Progress(
                 TextColumn(title),
@@ -191,8 +194,11 @@ class Log:
         if self._bar:
             self._bar.stop()
         if self._is_main:
+            self._append("")
+            if self._waiting:
+                self.say("metrics.jsonl lacks its last lines: the disk is still full")
             self._file.close()
-            self._board.close()
+            self._on_board(lambda board: board.close())
 
     def say(self, text: str) -> None:
         """A line for the user."""
@@ -206,10 +212,39 @@ class Log:
             name: None if isinstance(value, float) and not math.isfinite(value) else value
             for name, value in values.items()
         }
-        self._file.write(json.dumps({"event": event, "step": step, **row}, allow_nan=False) + "\n")
+        self._append(json.dumps({"event": event, "step": step, **row}, allow_nan=False) + "\n")
         for name, value in values.items():
             if isinstance(value, int | float):
-                self._board.add_scalar(f"{event}/{name}", value, step)
+                self._on_board(lambda board, name=name, value=value: board.add_scalar(f"{event}/{name}", value, step))
+
+    def _append(self, line: str) -> None:
+        """Write whole lines, at once; what a full disk does not take waits for the next one."""
+        said = bool(self._waiting)
+        self._waiting += line.encode()
+        rest, file = self._waiting, self._file.fileno()
+        size = os.fstat(file).st_size
+        try:
+            while rest:
+                rest = rest[os.write(file, rest) :]
+            self._waiting = b""
+        except OSError as error:
+            if error.errno not in DISK_FULL:
+                raise
+            os.ftruncate(file, size)
+            if not said:
+                self.say(f"metrics.jsonl: {error.strerror}; its lines wait in memory until there is room")
+
+    def _on_board(self, write: Callable[[SummaryWriter], object]) -> None:
+        """TensorBoard's writer has a thread that dies at a full disk, and raises that error from then on."""
+        if self._board is None:
+            return
+        try:
+            write(self._board)
+        except OSError as error:
+            if error.errno not in DISK_FULL:
+                raise
+            self._board = None
+            self.say(f"TensorBoard: {error.strerror}; this run writes no further points for it")
 
     def progress(self, step: int, row: dict[str, Any]) -> None:
         """Move the bar."""
