@@ -3,10 +3,11 @@ there are made and held; with --bisect, a form that fails is told with the first
 Nothing is written but a report; making exports is `export`'s.
 """
 
+import contextlib
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from export.bisect import Departure, first_departure
 from export.cases import full_rows, load_documents
@@ -14,8 +15,8 @@ from export.gates import Gates
 from export.io_spec import IoSpec, read_spec
 from export.runners import open_onnx, usable_threads
 from export.to_onnx import export_graph, load_model
-from export.variants import calibration_batches, check_variants, make_variant
-from trainer.artifact import write_json
+from export.variants import calibration_batches, check_variant, check_variants, make_variant
+from trainer.artifact import ARTIFACT_FILE, read_artifact, write_json
 from trainer.config import Recipe
 from trainer.environment import launch_command
 from trainer.errors import GateFailed, UserError
@@ -53,7 +54,7 @@ def verify_model(recipe: Recipe, settings: Export, name: str, folder: Path, bise
     with tempfile.TemporaryDirectory() as scratch:
         raw = Path(scratch) / ONNX_FILES["onnx_fp32"]
         wanted: dict[Precision, Path] = {
-            variant: exported / ONNX_FILES[f"onnx_{variant}"] for variant in settings.variants
+            variant: exported / ONNX_FILES[f"onnx_{variant}"] for variant in _wanted(settings, name, spec, exported)
         }
         if bisect or not all(file.is_file() for file in wanted.values()):
             export_graph(load_model(folder, spec), spec, raw, settings.opset)
@@ -69,6 +70,21 @@ def verify_model(recipe: Recipe, settings: Export, name: str, folder: Path, bise
                 inputs = full_rows(documents, spec, *_BISECTED).inputs
                 row["found"] += f"\n    {_where(gates.spec, settings, variant, raw, file, inputs)}"
             yield row
+
+
+def _wanted(settings: Export, name: str, spec: IoSpec, exported: Path) -> tuple[Precision, ...]:
+    """The forms that the recipe names; of auto those that it kept or, before an export, all that can be had here."""
+    if settings.variants != "auto":
+        return settings.variants
+    if (exported / ARTIFACT_FILE).is_file():
+        found = {proof["what"] for proof in read_artifact(exported, "onnx")["evidence"]}
+        return tuple(variant for variant in get_args(Precision) if f"parity_{variant}" in found)
+    possible = []
+    for variant in get_args(Precision):
+        with contextlib.suppress(UserError):
+            check_variant(name, spec, variant, settings.provider)
+            possible.append(variant)
+    return tuple(possible)
 
 
 def _held(gates: Gates, settings: Export, name: str, variant: Precision, file: Path) -> dict[str, Any]:
