@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args
 
-from export.bisect import Departure, first_departure
+from export.bisect import first_departure, first_module
 from export.cases import full_rows, load_documents
 from export.gates import Gates
 from export.io_spec import IoSpec, read_spec
@@ -68,7 +68,7 @@ def verify_model(recipe: Recipe, settings: Export, name: str, folder: Path, bise
             row |= _held(gates, settings, name, variant, file)
             if bisect and not row["passed"]:
                 inputs = full_rows(documents, spec, *_BISECTED).inputs
-                row["found"] += f"\n    {_where(gates.spec, settings, variant, raw, file, inputs)}"
+                row["found"] += f"\n    {_where(gates.spec, settings, variant, folder, raw, file, inputs)}"
             yield row
 
 
@@ -96,10 +96,19 @@ def _held(gates: Gates, settings: Export, name: str, variant: Precision, file: P
     return {"passed": True, "found": {proof["what"]: proof["metrics"] for proof in evidence}}
 
 
-def _where(spec: IoSpec, settings: Export, variant: Precision, raw: Path, file: Path, inputs: dict[str, Any]) -> str:
-    tolerance = getattr(settings.parity, variant)
-    limit = tolerance.relative_rms or _UNLIMITED_RELATIVE_RMS
-    found: Departure | None = first_departure(raw, file, inputs, limit, usable_threads())
-    if found is None:
-        return f"no inner value departs by more than {limit:g} from a raw graph of {spec.architecture} made anew"
-    return f"first departure: {found}"
+def _where(
+    spec: IoSpec, settings: Export, variant: Precision, folder: Path, raw: Path, file: Path, inputs: dict[str, Any]
+) -> str:
+    """The first node that departs from a raw graph made anew or, if none does, the first module where that departs."""
+    limit, raw_limit = (
+        getattr(settings.parity, one).relative_rms or _UNLIMITED_RELATIVE_RMS for one in (variant, "fp32")
+    )
+    found = first_departure(raw, file, inputs, limit, usable_threads())
+    if found is not None:
+        return f"first departure: {found}"
+    module = first_module(load_model(folder, spec), spec, raw, inputs, raw_limit, usable_threads())
+    if module is not None:
+        return f"it is its raw graph within {limit:g}, which is not the model: {module}"
+    return (
+        f"no inner value departs by more than {limit:g} from a raw graph of {spec.architecture} made anew, nor that one"
+    )
