@@ -1,16 +1,22 @@
-"""Where a form of a graph departs from the graph it was made of: the first node whose output is beyond a tolerance.
-Both are run by `probe` on the same inputs; that they differ at all was the gates' finding.
+"""Where a form of a graph departs from the graph it was made of, the first node whose output is beyond a tolerance, and
+where a graph departs from the PyTorch model that it was traced from, the first module.
+Graphs are run by `probe`, on the same inputs; that they differ at all was the gates' finding.
 """
 
 import ast
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx
 
+from export.io_spec import IoSpec
 from export.probe import Probe
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
@@ -29,6 +35,22 @@ class Departure:
         return (
             f"node {self.node} ({self.operator}){place}: its output {self.output} departs by relative_rms "
             f"{self.relative_rms:.3g}, its inputs by {self.inputs_relative_rms:.3g} at most"
+        )
+
+
+@dataclass(frozen=True)
+class ModuleDeparture:
+    """A module, and how far the graph's value of its output is from PyTorch's."""
+
+    module: str
+    kind: str
+    node: str
+    relative_rms: float
+
+    def __str__(self) -> str:
+        return (
+            f"module {self.module} ({self.kind}): its output, of node {self.node}, departs from PyTorch's by "
+            f"relative_rms {self.relative_rms:.3g}; those of all modules that end before it agree"
         )
 
 
@@ -65,8 +87,53 @@ def relative_rms(source: np.ndarray, actual: np.ndarray) -> float:
     return float(np.sqrt(error / max(size, np.finfo(np.float64).tiny)))
 
 
+def first_module(
+    model: "torch.nn.Module", spec: IoSpec, graph: Path, inputs: Mapping[str, np.ndarray], limit: float, threads: int
+) -> ModuleDeparture | None:
+    """The first module of `model` to end with another output than `graph` has for it; None if all agree.
+
+    The graph's value is that of the last node that the exporter made of the module, where it has the same shape.
+    """
+    values = Probe(graph, threads).run(inputs)
+    last = {scope: node for node in onnx.load(graph, load_external_data=False).graph.node for scope in _scopes(node)}
+    for name, kind, expected in module_outputs(model, spec, inputs):
+        made = [values[output] for output in last[name].output if output in values] if name in last else []
+        found = next((value for value in made if value.shape == expected.shape), None)
+        if found is not None and not (error := relative_rms(expected, found)) <= limit:
+            return ModuleDeparture(name, kind, last[name].name, error)
+    return None
+
+
+def module_outputs(
+    model: "torch.nn.Module", spec: IoSpec, inputs: Mapping[str, np.ndarray]
+) -> list[tuple[str, str, np.ndarray]]:
+    """Name, class and output (of several the first) of every module, in the order in which they end."""
+    import torch
+
+    from export.to_onnx import Traceable
+
+    seen: list[tuple[str, str, np.ndarray]] = []
+
+    def keep(name: str, module: torch.nn.Module, output: Any) -> None:
+        first = output[0] if isinstance(output, tuple | list) and output else output
+        if isinstance(first, torch.Tensor) and first.is_floating_point():
+            seen.append((name, type(module).__name__, first.numpy().copy()))
+
+    traceable = Traceable(model, spec)
+    for name, module in traceable.named_modules():
+        module.register_forward_hook(lambda module, _, output, name=name: keep(name, module, output))
+    with torch.inference_mode():
+        traceable(*(torch.from_numpy(inputs[port.name]) for port in spec.inputs))
+    return seen
+
+
 def _module(node: onnx.NodeProto) -> str:
     """The module of the model that the exporter made a node of; empty where the file does not tell."""
-    names = {entry.key: entry.value for entry in node.metadata_props}.get("pkg.torch.onnx.name_scopes", "[]")
-    scopes = [name for name in ast.literal_eval(names)[:-1] if name]
+    scopes = _scopes(node)
     return scopes[-1] if scopes else ""
+
+
+def _scopes(node: onnx.NodeProto) -> list[str]:
+    """The modules that a node is in, the innermost last; its own entry is left out."""
+    names = {entry.key: entry.value for entry in node.metadata_props}.get("pkg.torch.onnx.name_scopes", "[]")
+    return [name for name in ast.literal_eval(names)[:-1] if name]

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from export.files import hashes, is_the_one
 from trainer.artifact import hash_file
 from trainer.errors import UserError
 
@@ -37,7 +38,7 @@ def write_manifest(plan: Path, place: Place, onnx: Path, about: Mapping[str, Any
     """Describe a plan: where it was built, for which compute capability, from which bytes."""
     manifest = {
         "plan": {"file": plan.name, "sha256": hash_file(plan), "bytes": plan.stat().st_size},
-        "onnx": {"file": onnx.name, "sha256": hash_file(onnx)},
+        "onnx": hashes(onnx),
         **asdict(place),
         **about,
     }
@@ -70,7 +71,7 @@ def check_place(plan: Path, manifest: Mapping[str, Any], here: Place, onnx: Path
     `onnx` is the graph that the engine should stand for; one of other bytes is a reason too.
     """
     reasons = [reason for reason in (_library(manifest, here), _gpu(manifest, here), _driver(manifest, here)) if reason]
-    if onnx is not None and hash_file(onnx) != manifest["onnx"]["sha256"]:
+    if onnx is not None and not is_the_one(manifest["onnx"], onnx):
         reasons.append(f"it was built from another {onnx.name}")
     if reasons:
         raise UserError(

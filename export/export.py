@@ -3,28 +3,34 @@ Tracing, quantizing and comparing are done by the modules it wires together here
 """
 
 import shutil
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from rich.console import Console
 
+from export import labelled
+from export.bench_inputs import METRICS
 from export.cases import Documents, load_documents
 from export.files import data_file, size_mib
+from export.front import Form, choose, measure_form, timed_inputs
 from export.gates import Gates
-from export.io_spec import read_spec
-from export.runners import open_onnx, usable_threads
+from export.io_spec import IoSpec, read_spec
+from export.runners import OnnxRunner, open_onnx, usable_threads
 from export.to_onnx import export_graph, load_model
-from export.variants import calibration_batches, check_variants, make_variant
+from export.variants import calibration_batches, check_variant, check_variants, make_variant
 from trainer.__main__ import stage_main
 from trainer.artifact import content_hash, staging, write_artifact
 from trainer.config import Recipe
 from trainer.errors import GateFailed, UserError
-from trainer.export_config import ONNX_FILES, Export
+from trainer.export_config import ONNX_FILES, Export, Precision
 from trainer.recipe_file import recipe_hash, require_section
 
 # What a server needs beside the graph: everything of a transformers folder that is not weights or our own records.
 _BESIDE = ("*.json", "*.txt", "*.model", "*.jinja")
 _NOT_BESIDE = ("artifact.json", "*.safetensors.index.json", "*.bin.index.json", "trainer_state.json", "README*")
+
+MakeForm = Callable[[Precision], tuple[OnnxRunner, list[dict[str, Any]]]]
 
 
 def run(recipe: Recipe) -> None:
@@ -34,14 +40,34 @@ def run(recipe: Recipe) -> None:
     models = recipe.exported_models()
     if not models:
         raise UserError("there is no model to export", "pretrain, distill or export.models", "name one in the recipe")
-    for name, folder in models.items():  # refuse before the first model is worked on
-        check_variants(name, read_spec(folder), recipe.export)
+    specs = {name: read_spec(folder) for name, folder in models.items()}
+    for name, spec in specs.items():  # refuse before the first model is worked on
+        check_variants(name, spec, recipe.export)
+    _check_quality(recipe.export, specs)
     for name, folder in models.items():
         try:
             export_model(recipe, recipe.export, name, folder, load_documents(recipe, folder))
         except GateFailed as failure:
             search = "`lmworks verify export RECIPE --bisect` names the node at which the form departs"
             raise GateFailed(str(failure), do=search) from None
+
+
+def _check_quality(settings: Export, specs: Mapping[str, IoSpec]) -> None:
+    """Say which models have no gate on their quality; UserError for labelled text that no model is for."""
+    if settings.quality is None:
+        return
+    tasks = {name: spec.task for name, spec in specs.items()}
+    if settings.quality.labelled and not any(task in labelled.METRICS for task in tasks.values()):
+        raise UserError(
+            f"export.quality.labelled is given, and the models are of {', '.join(sorted(set(tasks.values())))}",
+            f"one of {', '.join(labelled.METRICS)}",
+            "leave it out",
+        )
+    for name, task in tasks.items():
+        if task not in METRICS and not (task in labelled.METRICS and settings.quality.labelled):
+            needs = "export.quality.labelled is not given" if task in labelled.METRICS else "nothing measures it"
+            said = f"{name}: {needs}: a form of a {task} model is held by parity (and the highest score's place) alone"
+            Console(highlight=False).print(said, soft_wrap=True)
 
 
 def export_model(recipe: Recipe, settings: Export, name: str, folder: Path, documents: Documents) -> Path:
@@ -53,20 +79,31 @@ def export_model(recipe: Recipe, settings: Export, name: str, folder: Path, docu
     gates = Gates(folder, spec, settings, documents, recipe.seed)
     batches = calibration_batches(documents, spec, settings.calibration)
     target = recipe.stage_dir("export") / name
-    evidence = []
     with staging(target) as partial:
         raw = partial / ONNX_FILES["onnx_fp32"]
         export_graph(load_model(folder, spec), spec, raw, settings.opset)
-        for variant in settings.variants:
+
+        def make(variant: Precision) -> tuple[OnnxRunner, list[dict[str, Any]]]:
+            """A form in its file, opened, and the evidence that it passed the gates."""
             file = partial / ONNX_FILES[f"onnx_{variant}"]
             made = make_variant(variant, raw, file, batches, settings.calibration)
-            what = f"{name} {variant} ({file.name})"
-            passed = gates.check(what, variant, file, open_onnx(file, usable_threads(), settings.provider))
-            evidence += [proof | made for proof in passed]
-            _tell(what, file, passed)
-        if "fp32" not in settings.variants:
-            raw.unlink()
-            data_file(raw).unlink(missing_ok=True)
+            runner = open_onnx(file, usable_threads(), settings.provider)
+            return runner, [
+                proof | made for proof in gates.check(f"{name} {variant} ({file.name})", variant, file, runner)
+            ]
+
+        if settings.variants == "auto":
+            evidence = _choose_forms(name, spec, settings, documents, partial, make)
+        else:
+            evidence = []
+            for variant in settings.variants:
+                passed = make(variant)[1]
+                evidence += passed
+                _tell(f"{name} {variant}", partial / ONNX_FILES[f"onnx_{variant}"], passed)
+        kept = {proof["file"] for proof in evidence if "file" in proof}
+        for file in (partial / one for one in ONNX_FILES.values() if one not in kept):
+            file.unlink(missing_ok=True)
+            data_file(file).unlink(missing_ok=True)
         copy_companions(folder, partial)
         write_artifact(
             partial,
@@ -86,6 +123,24 @@ def export_model(recipe: Recipe, settings: Export, name: str, folder: Path, docu
     return target
 
 
+def _choose_forms(
+    name: str, spec: IoSpec, settings: Export, documents: Documents, folder: Path, make: MakeForm
+) -> list[dict[str, Any]]:
+    """Try every form that there is, say what became of each, and return the evidence of those worth having."""
+    proofs: dict[Precision, list[dict[str, Any]]] = {}
+    timed, inputs = timed_inputs(documents, spec)
+
+    def attempt(variant: Precision) -> Form:
+        check_variant(name, spec, variant, settings.provider)
+        runner, proofs[variant] = make(variant)
+        return measure_form(variant, proofs[variant], runner, inputs, size_mib(folder / ONNX_FILES[f"onnx_{variant}"]))
+
+    choice = choose(get_args(Precision), attempt)
+    for variant, what in choice.became.items():
+        Console(highlight=False).print(f"{name} {variant}: {what}", soft_wrap=True, markup=False)
+    return [proof for variant in choice.kept for proof in proofs[variant]] + [choice.evidence(timed)]
+
+
 def copy_companions(source: Path, target: Path) -> None:
     """Copy config and tokenizer files of a model folder, so that transformers opens the exported one too."""
     for pattern in _BESIDE:
@@ -94,10 +149,10 @@ def copy_companions(source: Path, target: Path) -> None:
                 shutil.copyfile(file, target / file.name)
 
 
-def _tell(what: str, file: Path, evidence: list[dict[str, Any]]) -> None:
+def _tell(form: str, file: Path, evidence: list[dict[str, Any]]) -> None:
     parity = evidence[0]["metrics"]
     said = (
-        f"{what}: {size_mib(file):.1f} MiB; parity holds in {parity['cases']} cases: max_abs "
+        f"{form} ({file.name}): {size_mib(file):.1f} MiB; parity holds in {parity['cases']} cases: max_abs "
         f"{parity['max_abs']:.2g}, relative_rms {parity['relative_rms']:.2g}, top-1 {parity['top1']:.2%}"
     )
     for proof in evidence[1:]:

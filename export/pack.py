@@ -19,9 +19,11 @@ from export.triton_config import (
     Engines,
     Names,
     answer_config,
+    answer_inputs,
     as_text,
     ensemble_config,
     network_config,
+    texts_of,
     tokenizer_config,
 )
 from export.triton_engines import verified_engines
@@ -36,8 +38,15 @@ from trainer.serving_config import Pack
 
 TRITON_MODELS = Path(__file__).parent / "triton_models"
 _TEMPLATES = Path(__file__).parent / "templates"
-# Tasks that have an answer in words; `triton_models/answer_text.py` knows how.
-ANSWERED_TASKS = ("masked_lm", "causal_lm", "classification")
+# Tasks that have an answer, in words or in vectors, and the Python model that gives it.
+ANSWERED_TASKS = {
+    "masked_lm": "answer_text.py",
+    "causal_lm": "answer_text.py",
+    "classification": "answer_text.py",
+    "token_classification": "answer_text.py",
+    "question_answering": "answer_text.py",
+    "feature_extraction": "answer_features.py",
+}
 # Variant to its file's name in transformers.js (its documentation, "Using quantized models"): fp32 and q8 are ours.
 HUB_FILES = {
     "fp32": "model.onnx",
@@ -81,6 +90,7 @@ def pack_model(recipe: Recipe, settings: Pack, subject: Subject) -> Path:
     about = {
         "architecture": spec.architecture,
         "task": spec.task,
+        "texts": list(texts_of(spec)),
         "variant": served.variant,
         "backend": settings.backend,
         "max_length": _max_length(spec, engines),
@@ -140,13 +150,16 @@ def write_repository(
         for port in spec.inputs
     ]
     reading = {
+        "texts": texts_of(spec),
         "inputs": inputs,
+        "token_types": "token_type_ids" in tokenizer.model_input_names,  # or transformers gives a BERT zeros
         "pad_id": spec.pad_id,
         "max_length": _max_length(spec, engines),
         "pad_to_multiple_of": settings.pad_to_multiple_of,
     }
     _python_model(models / names.tokenizer / "1", "tokenize_text.py", reading, tokenizer)
-    _python_model(models / names.answer / "1", "answer_text.py", _answering(subject, settings, tokenizer), tokenizer)
+    answering = _answering(subject, settings, tokenizer)
+    _python_model(models / names.answer / "1", ANSWERED_TASKS[spec.task], answering, tokenizer)
 
 
 def copy_graph(source: Path, target: Path) -> None:
@@ -190,7 +203,7 @@ def write_companions(
         "image": about["image"],
         "sdk": RELEASE,
         "folder": shlex.quote(str(target)),
-        "example": shlex.quote(example),
+        "example": " ".join([shlex.quote(example)] * len(about["texts"])),
         "gpu": "kind: KIND_GPU" in (folder / "models" / names.network / "config.pbtxt").read_text(encoding="utf-8"),
         "tensorrt": engines.library_version if engines else "",
         "library_version": engines.library_number if engines else 0,
@@ -205,8 +218,9 @@ def write_companions(
         (folder / name).write_text(environment.get_template(template).render(values), encoding="utf-8")
     (folder / ".dockerignore").write_text("*\n")  # the models are mounted, not copied into the image
     client = (TRITON_MODELS / "client.py").read_text(encoding="utf-8").replace("{{ ensemble }}", names.ensemble)
+    client = client.replace('["TEXT"]', json.dumps(about["texts"]))
     (folder / "client.py").write_text(client, encoding="utf-8")
-    load = {"data": [{"TEXT": [" ".join([example] * repeats)]} for repeats in (1, 2, 4)]}
+    load = {"data": [{text: [" ".join([example] * repeats)] for text in about["texts"]} for repeats in (1, 2, 4)]}
     (folder / "perf_input.json").write_text(json.dumps(load, indent=2) + "\n", encoding="utf-8")
 
 
@@ -232,13 +246,16 @@ def _python_model(folder: Path, code: str, settings: Mapping[str, Any], tokenize
 
 
 def _answering(subject: Subject, settings: Pack, tokenizer: Any) -> dict[str, Any]:
-    answering = {"task": subject.spec.task, "output": subject.spec.outputs[0].name, "top_k": settings.top_k}
-    if subject.spec.task == "masked_lm":
+    spec = subject.spec
+    answering = {"task": spec.task, "inputs": answer_inputs(spec), "top_k": settings.top_k}
+    if spec.task == "masked_lm":
         if tokenizer.mask_token_id is None:
             raise UserError(f"the tokenizer in {subject.folder} has no mask token", "one, to be filled")
         answering |= {"mask_id": tokenizer.mask_token_id, "mask_token": tokenizer.mask_token}
-    if subject.spec.task == "classification":
-        answering |= _classes(subject.folder)
+    if spec.task in ("classification", "token_classification"):
+        answering |= _classes(subject.folder) | {"unk_id": tokenizer.unk_token_id}
+    if spec.task == "question_answering":
+        answering["cls_id"] = tokenizer.cls_token_id
     return answering
 
 

@@ -14,7 +14,10 @@ from export.runners import Runner
 
 @dataclass(frozen=True)
 class Scores:
-    """A sum and a number of targets for each row: right ones, or negative log-likelihoods in nats."""
+    """A sum and a number of targets for each row: right ones, or negative log-likelihoods in nats.
+
+    Of entity_f1 the sum is twice the entities found, and the targets are those said and those there are.
+    """
 
     metric: str
     sums_R: np.ndarray
@@ -23,7 +26,8 @@ class Scores:
     @property
     def value(self) -> float:
         """masked_accuracy: share of masked tokens that get the highest logit. perplexity: exp of the mean negative
-        log-likelihood of each token given those before it in its row. Both over all rows."""
+        log-likelihood of each token given those before it in its row. accuracy, answer_f1: mean over rows. All rows
+        together."""
         mean = float(self.sums_R.sum() / self.counts_R.sum())
         return float(np.exp(mean)) if self.metric == "perplexity" else mean
 

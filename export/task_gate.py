@@ -31,9 +31,11 @@ def interval(source: Scores, candidate: Scores, seed: int = 0) -> tuple[float, f
     random = np.random.default_rng(seed)
     rows = len(source.sums_R)
     drawn_SR = random.integers(0, rows, size=(_SAMPLES, rows))
-    counts_S = source.counts_R[drawn_SR].sum(axis=1)
-    theirs_S, ours_S = (scores.sums_R[drawn_SR].sum(axis=1) / counts_S for scores in (source, candidate))
     with np.errstate(divide="ignore", invalid="ignore"):
+        theirs_S, ours_S = (
+            scores.sums_R[drawn_SR].sum(axis=1) / scores.counts_R[drawn_SR].sum(axis=1)
+            for scores in (source, candidate)
+        )
         shares_S = np.exp(theirs_S - ours_S) if source.metric == "perplexity" else ours_S / theirs_S
     tail = (1 - _CONFIDENCE) / 2
     low, high = np.nanquantile(shares_S, [tail, 1 - tail])
@@ -46,9 +48,9 @@ def check_quality(what: str, source: Scores, candidate: Scores, share: float) ->
     Raises GateFailed if less than `share` is kept, or if the interval reaches below it and is wider than twice what may
     be lost on either side, so that passing would mean nothing.
     """
-    if source.metric == "masked_accuracy" and not source.sums_R.any():
+    if source.metric != "perplexity" and not source.sums_R.any():
         raise GateFailed(
-            f"{what}: the source itself gets none of {source.counts_R.sum()} masked tokens right",
+            f"{what}: the source itself gets none of {source.counts_R.sum()} targets right ({source.metric})",
             "a model with some quality to keep",
             "set export.quality to null for a model that was not trained",
         )
@@ -66,7 +68,7 @@ def check_quality(what: str, source: Scores, candidate: Scores, share: float) ->
         raise GateFailed(
             f"{what}: {seen} of its source's quality is kept, which is too wide an interval to tell",
             f"one of at most {4 * (1 - share):.2%}, or above {share:.2%}",
-            "raise export.quality.sequences, or give it more validation text",
+            "raise export.quality.sequences, or give it more text",
         )
     return {
         "metrics": {

@@ -2,6 +2,7 @@
 Precision is written in the ONNX and read back from the engine by `audit`; running engines is `tensorrt_runner`'s.
 """
 
+from collections.abc import Mapping, Sequence
 from importlib import util
 from pathlib import Path
 from types import ModuleType
@@ -67,7 +68,18 @@ class Builder:
     def build(
         self, path: Path, spec: IoSpec, settings: TensorRT, compute_capability: str, timing: Path | None = None
     ) -> tuple[bytes, str]:
-        """An engine of a graph file, and the library's description of its layers.
+        """An engine of a graph file for the profiles of `settings`, and the library's description of its layers."""
+        return self.build_shapes(path, engine_shapes(spec, settings), settings, compute_capability, timing)
+
+    def build_shapes(
+        self,
+        path: Path,
+        profiles: Sequence[Mapping[str, Sequence[Sequence[int]]]],
+        settings: TensorRT,
+        compute_capability: str,
+        timing: Path | None = None,
+    ) -> tuple[bytes, str]:
+        """The same for given shapes: a profile names for each input its smallest, best tuned and largest.
 
         `timing` is a file of what earlier builds measured, which is read and written. Raises UserError with the
         library's own words where it refuses.
@@ -81,8 +93,11 @@ class Builder:
         config.profiling_verbosity = library.ProfilingVerbosity.DETAILED  # or it does not tell types
         self._set_options(config, settings, compute_capability)
         cache = self._set_timing(config, timing)
-        for profile in settings.profiles:
-            if config.add_optimization_profile(_profile(builder, spec, profile)) < 0:
+        for shapes in profiles:
+            profile = builder.create_optimization_profile()
+            for name, three in shapes.items():
+                profile.set_shape(name, *map(tuple, three))
+            if config.add_optimization_profile(profile) < 0:
                 raise _refused(library, path, compute_capability, messages)
         plan = builder.build_serialized_network(network, config)
         del parser  # not before: it owns the weights that the network points to
@@ -262,11 +277,9 @@ def profile_shapes(port: Port, spec: IoSpec, profile: Profile) -> tuple[tuple[in
     return tuple(shapes)
 
 
-def _profile(builder: Any, spec: IoSpec, profile: Profile) -> Any:
-    made = builder.create_optimization_profile()
-    for port in spec.inputs:
-        made.set_shape(port.name, *profile_shapes(port, spec, profile))
-    return made
+def engine_shapes(spec: IoSpec, settings: TensorRT) -> list[dict[str, tuple[tuple[int, ...], ...]]]:
+    """For each profile the shapes of all inputs."""
+    return [{port.name: profile_shapes(port, spec, one) for port in spec.inputs} for one in settings.profiles]
 
 
 def _refused(library: ModuleType, path: Path, compute_capability: str, messages: Any) -> UserError:
@@ -283,11 +296,10 @@ def _timing_name(place: Place) -> str:
 
 
 def _about(settings: TensorRT, spec: IoSpec, variant: str, compute_capability: str) -> dict[str, Any]:
-    profiles = [{port.name: profile_shapes(port, spec, one) for port in spec.inputs} for one in settings.profiles]
     return {
         "variant": variant,
         "compute_capability": compute_capability,
-        "profiles": profiles,
+        "profiles": engine_shapes(spec, settings),
         "tf32": settings.tf32,
         "version_compatible": settings.version_compatible,
         "hardware_compatibility": settings.hardware_compatibility,

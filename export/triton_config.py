@@ -14,9 +14,11 @@ from export.io_spec import BATCH, IoSpec, Port
 from trainer.errors import UserError
 from trainer.serving_config import Pack
 
-TEXT, ANSWER = "TEXT", "ANSWER"
+# What a client sends, texts of one row each, and what it gets; other tasks than these take TEXT and give ANSWER, JSON.
+_TEXTS = {"question_answering": ("QUESTION", "CONTEXT")}
+_READS_TEXTS = ("token_classification", "question_answering")  # to answer with places in the text
 # What the answering model reads beside the network's outputs.
-TOKEN_PORTS = ("input_ids", "attention_mask")
+_TOKEN_PORTS = ("input_ids", "attention_mask")
 _TYPES = {
     "bool": "TYPE_BOOL",
     "int32": "TYPE_INT32",
@@ -111,31 +113,43 @@ def network_config(names: Names, spec: IoSpec, settings: Pack, engines: Engines 
 
 def tokenizer_config(names: Names, spec: IoSpec, settings: Pack) -> Message:
     """Text to all inputs of the network."""
-    return _python_model(names.tokenizer, settings, [_text(TEXT)], [_port(port) for port in spec.inputs])
+    texts = [_text(name) for name in texts_of(spec)]
+    return _python_model(names.tokenizer, settings, texts, [_port(port) for port in spec.inputs])
+
+
+def texts_of(spec: IoSpec) -> tuple[str, ...]:
+    """Names of the texts that a client sends."""
+    return _TEXTS.get(spec.task, ("TEXT",))
+
+
+def answer_inputs(spec: IoSpec) -> list[str]:
+    """Names of what the answering model reads, in its order: tokens, the network's outputs, texts."""
+    texts = texts_of(spec) if spec.task in _READS_TEXTS else ()
+    return [port.name for port in (*_token_ports(spec), *_scores(spec))] + list(texts)
 
 
 def answer_config(names: Names, spec: IoSpec, settings: Pack) -> Message:
-    """The network's first output, and the tokens it was given, to an answer in JSON."""
-    inputs = [_port(port) for port in (*_token_ports(spec), spec.outputs[0])]
-    return _python_model(names.answer, settings, inputs, [_text(ANSWER)])
+    """The network's outputs, the tokens it was given and, where places in it are answered, the text, to an answer."""
+    ports = {port.name: _port(port) for port in (*_token_ports(spec), *_scores(spec))}
+    inputs = [ports[name] if name in ports else _text(name) for name in answer_inputs(spec)]
+    return _python_model(names.answer, settings, inputs, _answers(spec))
 
 
 def ensemble_config(names: Names, spec: IoSpec, settings: Pack) -> Message:
-    """Text in, answer out."""
-    fed = {port.name: port.name for port in spec.inputs}
-    logits = spec.outputs[0].name
-    read = {port.name: port.name for port in _token_ports(spec)} | {logits: logits}
+    """Text in, answer out. A tensor has one name in all steps."""
+    texts = texts_of(spec)
+    outputs = _answers(spec)
     steps = [
-        _step(names.tokenizer, {TEXT: TEXT}, fed),
-        _step(names.network, fed, {logits: logits}),
-        _step(names.answer, read, {ANSWER: ANSWER}),
+        _step(names.tokenizer, texts, [port.name for port in spec.inputs]),
+        _step(names.network, [port.name for port in spec.inputs], [port.name for port in _scores(spec)]),
+        _step(names.answer, answer_inputs(spec), [port["name"] for port in outputs]),
     ]
     return {
         "name": names.ensemble,
         "platform": "ensemble",
         "max_batch_size": settings.max_batch_size,
-        "input": [_text(TEXT)],
-        "output": [_text(ANSWER)],
+        "input": [_text(name) for name in texts],
+        "output": outputs,
         "ensemble_scheduling": {"step": steps},
     }
 
@@ -152,13 +166,27 @@ def _python_model(name: str, settings: Pack, inputs: list[Message], outputs: lis
     }
 
 
-def _step(model: str, inputs: Mapping[str, str], outputs: Mapping[str, str]) -> Message:
+def _step(model: str, inputs: Sequence[str], outputs: Sequence[str]) -> Message:
     return {
         "model_name": model,
         "model_version": -1,
-        "input_map": [{"key": key, "value": value} for key, value in inputs.items()],
-        "output_map": [{"key": key, "value": value} for key, value in outputs.items()],
+        "input_map": [{"key": name, "value": name} for name in inputs],
+        "output_map": [{"key": name, "value": name} for name in outputs],
     }
+
+
+def _scores(spec: IoSpec) -> list[Port]:
+    """The network's outputs other than a cache."""
+    cache = spec.cache.present_names if spec.cache else ()
+    return [port for port in spec.outputs if port.name not in cache]
+
+
+def _answers(spec: IoSpec) -> list[Message]:
+    if spec.task != "feature_extraction":
+        return [_text("ANSWER")]
+    (hidden,) = _scores(spec)
+    features = _port(hidden) | {"name": "FEATURES"}
+    return [features, features | {"name": "EMBEDDING", "dims": features["dims"][1:]}]
 
 
 def _batching(settings: Pack) -> Message:
@@ -185,7 +213,7 @@ def _fixed(port: Port, length: int) -> list[int]:
 
 
 def _token_ports(spec: IoSpec) -> list[Port]:
-    return [port for port in spec.inputs if port.name in TOKEN_PORTS]
+    return [port for port in spec.inputs if port.name in _TOKEN_PORTS]
 
 
 def _text(name: str) -> Message:

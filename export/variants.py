@@ -21,15 +21,21 @@ from trainer.export_config import Calibration, Export, Precision
 
 
 def check_variants(name: str, spec: IoSpec, settings: Export) -> None:
-    """Raise UserError for a form that this model cannot have, before anything is made."""
-    if "int4" in settings.variants and spec.cache is None:
+    """Raise UserError for a form that this model cannot have, before anything is made; auto leaves those out."""
+    for variant in () if settings.variants == "auto" else settings.variants:
+        check_variant(name, spec, variant, settings.provider)
+
+
+def check_variant(name: str, spec: IoSpec, variant: Precision, provider: str) -> None:
+    """Raise UserError for a form that this model, or this machine, cannot have."""
+    if variant == "int4" and spec.cache is None:
         raise UserError(
-            f"export.variants asks for int4 of {name}, a {spec.architecture}",
+            f"there is no int4 of {name}, a {spec.architecture}",
             "a model that generates text: elsewhere int4 is slower than int8 and worse",
             "take int8 or int8_static for it",
         )
-    if "bf16" in settings.variants:
-        check_bf16(settings.provider)
+    if variant == "bf16":
+        check_bf16(provider)
 
 
 def check_bf16(provider: str) -> None:

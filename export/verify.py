@@ -3,19 +3,20 @@ there are made and held; with --bisect, a form that fails is told with the first
 Nothing is written but a report; making exports is `export`'s.
 """
 
+import contextlib
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
-from export.bisect import Departure, first_departure
+from export.bisect import first_departure, first_module
 from export.cases import full_rows, load_documents
 from export.gates import Gates
 from export.io_spec import IoSpec, read_spec
 from export.runners import open_onnx, usable_threads
 from export.to_onnx import export_graph, load_model
-from export.variants import calibration_batches, check_variants, make_variant
-from trainer.artifact import write_json
+from export.variants import calibration_batches, check_variant, check_variants, make_variant
+from trainer.artifact import ARTIFACT_FILE, read_artifact, write_json
 from trainer.config import Recipe
 from trainer.environment import launch_command
 from trainer.errors import GateFailed, UserError
@@ -53,7 +54,7 @@ def verify_model(recipe: Recipe, settings: Export, name: str, folder: Path, bise
     with tempfile.TemporaryDirectory() as scratch:
         raw = Path(scratch) / ONNX_FILES["onnx_fp32"]
         wanted: dict[Precision, Path] = {
-            variant: exported / ONNX_FILES[f"onnx_{variant}"] for variant in settings.variants
+            variant: exported / ONNX_FILES[f"onnx_{variant}"] for variant in _wanted(settings, name, spec, exported)
         }
         if bisect or not all(file.is_file() for file in wanted.values()):
             export_graph(load_model(folder, spec), spec, raw, settings.opset)
@@ -67,8 +68,23 @@ def verify_model(recipe: Recipe, settings: Export, name: str, folder: Path, bise
             row |= _held(gates, settings, name, variant, file)
             if bisect and not row["passed"]:
                 inputs = full_rows(documents, spec, *_BISECTED).inputs
-                row["found"] += f"\n    {_where(gates.spec, settings, variant, raw, file, inputs)}"
+                row["found"] += f"\n    {_where(gates.spec, settings, variant, folder, raw, file, inputs)}"
             yield row
+
+
+def _wanted(settings: Export, name: str, spec: IoSpec, exported: Path) -> tuple[Precision, ...]:
+    """The forms that the recipe names; of auto those that it kept or, before an export, all that can be had here."""
+    if settings.variants != "auto":
+        return settings.variants
+    if (exported / ARTIFACT_FILE).is_file():
+        found = {proof["what"] for proof in read_artifact(exported, "onnx")["evidence"]}
+        return tuple(variant for variant in get_args(Precision) if f"parity_{variant}" in found)
+    possible = []
+    for variant in get_args(Precision):
+        with contextlib.suppress(UserError):
+            check_variant(name, spec, variant, settings.provider)
+            possible.append(variant)
+    return tuple(possible)
 
 
 def _held(gates: Gates, settings: Export, name: str, variant: Precision, file: Path) -> dict[str, Any]:
@@ -80,10 +96,19 @@ def _held(gates: Gates, settings: Export, name: str, variant: Precision, file: P
     return {"passed": True, "found": {proof["what"]: proof["metrics"] for proof in evidence}}
 
 
-def _where(spec: IoSpec, settings: Export, variant: Precision, raw: Path, file: Path, inputs: dict[str, Any]) -> str:
-    tolerance = getattr(settings.parity, variant)
-    limit = tolerance.relative_rms or _UNLIMITED_RELATIVE_RMS
-    found: Departure | None = first_departure(raw, file, inputs, limit, usable_threads())
-    if found is None:
-        return f"no inner value departs by more than {limit:g} from a raw graph of {spec.architecture} made anew"
-    return f"first departure: {found}"
+def _where(
+    spec: IoSpec, settings: Export, variant: Precision, folder: Path, raw: Path, file: Path, inputs: dict[str, Any]
+) -> str:
+    """The first node that departs from a raw graph made anew or, if none does, the first module where that departs."""
+    limit, raw_limit = (
+        getattr(settings.parity, one).relative_rms or _UNLIMITED_RELATIVE_RMS for one in (variant, "fp32")
+    )
+    found = first_departure(raw, file, inputs, limit, usable_threads())
+    if found is not None:
+        return f"first departure: {found}"
+    module = first_module(load_model(folder, spec), spec, raw, inputs, raw_limit, usable_threads())
+    if module is not None:
+        return f"it is its raw graph within {limit:g}, which is not the model: {module}"
+    return (
+        f"no inner value departs by more than {limit:g} from a raw graph of {spec.architecture} made anew, nor that one"
+    )

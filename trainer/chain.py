@@ -27,6 +27,7 @@ from trainer.artifact import (
 from trainer.config import Prepare, Recipe, Training, deciding_settings
 from trainer.data.files import find_files, hash_tokenizer, stamp
 from trainer.errors import OtherRun, UserError
+from trainer.export_config import Export
 
 # Stage, its module, what it leaves behind, the stages whose results it reads.
 STAGES: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
@@ -116,6 +117,8 @@ def stage_key(recipe: Recipe, stage: str) -> dict[str, str]:
     inputs: list[Any] = [_content(recipe.run_dir / folder) for above in STAGES[stage][2] for folder in STAGES[above][1]]
     inputs += [[content_hash(folder)] for folder in _named_folders(recipe, stage) if folder.is_dir()]
     inputs += _text(section) if isinstance(section, Prepare) else []
+    labelled = section.quality.labelled if isinstance(section, Export) and section.quality else None
+    inputs += [hash_file(labelled)] if labelled is not None and labelled.is_file() else []
     return {"recipe": _sha256([settings, recipe.seed]), "inputs": _sha256(inputs), "versions": _sha256(versions())}
 
 

@@ -4,7 +4,7 @@ The stages that make a model are in `config`; nothing here does I/O or imports t
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Discriminator, Field, PositiveInt, Tag, model_validator
 
 from trainer.sections import Fraction, NonNegative, Positive, Section, Share
 
@@ -74,14 +74,18 @@ class Parity(Section):
 
 
 class Quality(Section):
-    """The gate on what a model is for: perplexity, or the accuracy on masked tokens, of validation text."""
+    """The gate on what a model is for: perplexity, or the accuracy on masked tokens, of validation text; accuracy or F1
+    on labelled text. A head for classes, tokens or answers without labelled text is held by `parity` alone."""
 
     share: Share = 0.99
     """What a form must keep of its source's quality: its accuracy over the source's, or the source's perplexity over
     its own. Fails if less is kept, or if the 95 % bootstrap interval is too wide to tell."""
     sequences: PositiveInt = 256
-    """Rows of text, each a piece of one document."""
+    """Rows of text, each a piece of one document, or of `labelled`."""
     sequence_length: PositiveInt = 128
+    labelled: Path | None = None
+    """A jsonl file for models with such a head, up to `sequences` rows evenly over it: {text, label} for accuracy;
+    {tokens, labels}, a label for each word, for F1 of entities; {question, context, answers} for F1 of words."""
 
 
 class Calibration(Section):
@@ -117,15 +121,23 @@ Lengths = Literal["full", "real"]
 ModelName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*(\.[0-9][A-Za-z0-9_-]*)*$")]
 
 
+# Told apart before they are checked, so that a mistake is reported for the one that was meant.
+Variants = Annotated[
+    Annotated[tuple[Precision, ...], Field(min_length=1), Tag("list")] | Annotated[Literal["auto"], Tag("auto")],
+    Discriminator(lambda value: "auto" if isinstance(value, str) else "list"),
+]
+
+
 class Export(Section):
     """Model folders to verified ONNX."""
 
     models: dict[ModelName, Path | None] = {}
     """Name to model folder; each is exported to `<run_dir>/export/<name>`. By default `teacher` (pretrain's) and
     `student` (distill's), as far as they exist."""
-    variants: Annotated[tuple[Precision, ...], Field(min_length=1)] = ("fp32", "int8")
+    variants: Variants = ("fp32", "int8")
     """`int8` quantizes activations as they come, `int8_static` by ranges from `calibration`; `int4` is weights only,
-    for models that generate text. `bf16` needs a provider that runs it."""
+    for models that generate text. `bf16` needs a provider that runs it. auto tries all that this machine can run and
+    keeps those that pass the gates and are not beaten by another in quality, latency and size at once."""
     provider: Literal["CPUExecutionProvider", "CUDAExecutionProvider"] = "CPUExecutionProvider"
     """ONNX Runtime's, on which the gates run."""
     calibration: Calibration = Calibration()

@@ -1,4 +1,5 @@
 """Sends texts to a packed model that Triton serves, and prints the answers: python client.py TEXT…
+A model that answers questions takes pairs: python client.py QUESTION CONTEXT…
 
 Needs: pip install 'tritonclient[grpc,http]'. Nothing here is particular to lmworks.
 """
@@ -10,15 +11,25 @@ from typing import Any
 import numpy as np
 
 MODEL = "{{ ensemble }}"
+INPUTS = ["TEXT"]
 
 
-def ask(client: Any, module: Any, texts: list[str], model: str = MODEL) -> list[Any]:
-    """Answers to `texts`, sent in one request; tritonclient's InferenceServerException for a text that is refused."""
-    array = np.array([[text.encode("utf-8")] for text in texts], dtype=object)
-    sent = module.InferInput("TEXT", list(array.shape), "BYTES")
-    sent.set_data_from_numpy(array)
-    answers = client.infer(model, [sent]).as_numpy("ANSWER")
-    return [json.loads(answer) for answer in answers.reshape(-1)]
+def ask(client: Any, module: Any, rows: list[Any], model: str = MODEL, inputs: list[str] = INPUTS) -> list[Any]:
+    """Answers to `rows`, sent in one request: a text each, or one text for each of `inputs`.
+
+    tritonclient's InferenceServerException for a text that is refused.
+    """
+    sent = []
+    table = [[row] if isinstance(row, str) else row for row in rows]
+    for name, column in zip(inputs, zip(*table, strict=True), strict=True):
+        array = np.array([[text.encode("utf-8")] for text in column], dtype=object)
+        sent.append(module.InferInput(name, list(array.shape), "BYTES"))
+        sent[-1].set_data_from_numpy(array)
+    answers = client.infer(model, sent)
+    embeddings = answers.as_numpy("EMBEDDING")  # the others answer in JSON
+    return (
+        embeddings.tolist() if embeddings is not None else [json.loads(one) for one in answers.as_numpy("ANSWER")[:, 0]]
+    )
 
 
 def main() -> None:
@@ -32,7 +43,8 @@ def main() -> None:
     else:
         import tritonclient.http as module  # pyright: ignore[reportMissingImports]
     url = arguments.url or {"grpc": "localhost:8001", "http": "localhost:8000"}[arguments.protocol]
-    for answer in ask(module.InferenceServerClient(url), module, arguments.texts):
+    rows = list(zip(*[iter(arguments.texts)] * len(INPUTS), strict=True))
+    for answer in ask(module.InferenceServerClient(url), module, rows):
         print(json.dumps(answer, ensure_ascii=False))
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import triton_python_backend_utils as pb_utils  # pyright: ignore[reportMissingImports] - the server has it
-from tokenizers import Tokenizer
+from tokenizers import Encoding, Tokenizer
 
 
 class TritonPythonModel:
@@ -22,35 +22,39 @@ class TritonPythonModel:
         return [self._answer(request) for request in requests]
 
     def _answer(self, request: Any) -> Any:
-        given = pb_utils.get_input_tensor_by_name(request, "TEXT").as_numpy().reshape(-1)
+        names = self.settings["texts"]
+        given = [pb_utils.get_input_tensor_by_name(request, name).as_numpy().reshape(-1) for name in names]
         try:
-            rows = [encoding.ids for encoding in self.tokenizer.encode_batch([text.decode("utf-8") for text in given])]
+            texts = [[text.decode("utf-8") for text in column] for column in given]
+            # A pair of texts is a tuple of two, a text alone is itself.
+            rows = self.tokenizer.encode_batch(list(zip(*texts, strict=True)) if len(texts) > 1 else texts[0])
             self._check(rows)
         except ValueError as problem:  # a UnicodeDecodeError is one too
             return pb_utils.InferenceResponse(error=pb_utils.TritonError(str(problem)))
         return pb_utils.InferenceResponse([pb_utils.Tensor(name, array) for name, array in self._inputs(rows).items()])
 
-    def _check(self, rows: list[list[int]]) -> None:
+    def _check(self, rows: list[Encoding]) -> None:
         longest = max(len(row) for row in rows)
         if longest > self.settings["max_length"]:
             raise ValueError(f"a text has {longest} tokens; the model takes {self.settings['max_length']}")
-        if not all(rows):
+        if not all(len(row) for row in rows):
             raise ValueError("a text without tokens: there is nothing to answer")
 
-    def _inputs(self, rows: list[list[int]]) -> dict[str, np.ndarray]:
+    def _inputs(self, rows: list[Encoding]) -> dict[str, np.ndarray]:
         """All inputs of the network; those that no text decides (a cache) are empty or zero."""
         step = self.settings["pad_to_multiple_of"]
         longest = max(len(row) for row in rows)
         length = min(-(-longest // step) * step, self.settings["max_length"])
         ids_BT = np.full((len(rows), length), self.settings["pad_id"], dtype=np.int64)
-        mask_BT = np.zeros_like(ids_BT)
+        mask_BT, types_BT = np.zeros_like(ids_BT), np.zeros_like(ids_BT)
         for index, row in enumerate(rows):
-            ids_BT[index, : len(row)] = row
+            ids_BT[index, : len(row)] = row.ids
+            types_BT[index, : len(row)] = row.type_ids if self.settings["token_types"] else 0
             mask_BT[index, : len(row)] = 1
         made = {
             "input_ids": ids_BT,
             "attention_mask": mask_BT,
-            "token_type_ids": np.zeros_like(ids_BT),
+            "token_type_ids": types_BT,
             "position_ids": np.maximum(mask_BT.cumsum(axis=1) - 1, 0),
         }
         arrays = {}

@@ -1,6 +1,7 @@
 """Tiny models of every supported architecture, with a tokenizer, built from configs: weights large enough that every
 layer, position and mask shows in the logits."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,13 +9,14 @@ import numpy as np
 import pytest
 import torch
 import transformers as hf
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from export.io_spec import read_spec
 from export.to_onnx import export_graph, load_model
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 VOCABULARY = 300
+TAGS = ("O", "B-PER", "I-PER", "B-LOC", "I-LOC")
 MAX_LENGTH = 72  # a prompt of 5 and 64 steps fit
 _TEXT = "def add(first, second):\n    return first + second\n\nclass Point:\n    x = 0\n    y = 1\n"
 _IDS = {"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3}
@@ -32,6 +34,9 @@ _GPT2 = {"vocab_size": VOCABULARY, "n_layer": 2, "n_embd": 32, "n_head": 4, "n_p
 _LLAMA = {**_BERT, "num_key_value_heads": 2}
 _MODERN = {**_BERT, "local_attention": 8, "global_attn_every_n_layers": 2, "cls_token_id": 2, "sep_token_id": 3}
 
+PACKED = ("bert", "gpt2", "bert_classifier", "roberta_tokens", "bert_answers", "bert_features")
+# Models whose tokenizer puts texts between [CLS] and [SEP], as their answers are places in these.
+_FRAMED = ("roberta_tokens", "bert_answers", "bert_features")
 CONFIGS = {
     "bert": (hf.BertForMaskedLM, lambda: hf.BertConfig(**_BERT)),
     "distilbert": (
@@ -55,12 +60,13 @@ CONFIGS = {
     "bert_features": (hf.BertModel, lambda: hf.BertConfig(**_BERT)),
     "roberta_tokens": (
         hf.RobertaForTokenClassification,
-        lambda: hf.RobertaConfig(**{**_BERT, "max_position_embeddings": MAX_LENGTH + 1}, num_labels=5),
+        lambda: hf.RobertaConfig(
+            **{**_BERT, "max_position_embeddings": MAX_LENGTH + 1},
+            id2label=dict(enumerate(TAGS)),
+            label2id={tag: index for index, tag in enumerate(TAGS)},
+        ),
     ),
-    "distilbert_answers": (
-        hf.DistilBertForQuestionAnswering,
-        lambda: hf.DistilBertConfig(max_position_embeddings=MAX_LENGTH, **_DISTIL),
-    ),
+    "bert_answers": (hf.BertForQuestionAnswering, lambda: hf.BertConfig(**_BERT)),
 }
 
 
@@ -81,15 +87,21 @@ def build_model(name: str, seed: int = 0) -> torch.nn.Module:
     return model
 
 
-def build_tokenizer() -> hf.PreTrainedTokenizerFast:
+def build_tokenizer(framed: bool = False) -> hf.PreTrainedTokenizerFast:
     inner = Tokenizer(models.BPE(unk_token="[UNK]"))
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     inner.train_from_iterator(
         [_TEXT], trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=SPECIAL, initial_alphabet=alphabet)
     )
+    if framed:
+        ends = [(token, inner.token_to_id(token)) for token in ("[CLS]", "[SEP]")]
+        pair = "[CLS] $A [SEP] $B:1 [SEP]:1"
+        inner.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", pair=pair, special_tokens=ends)
+        inner.decoder = decoders.ByteLevel()
     names = dict(zip(("pad_token", "unk_token", "cls_token", "sep_token", "mask_token"), SPECIAL, strict=True))
-    return hf.PreTrainedTokenizerFast(tokenizer_object=inner, **names)
+    inputs = ["input_ids", *(["token_type_ids"] if framed else []), "attention_mask"]
+    return hf.PreTrainedTokenizerFast(tokenizer_object=inner, model_input_names=inputs, **names)
 
 
 @pytest.fixture(scope="session")
@@ -101,7 +113,7 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path
         folder = root / f"{name}-{seed}"
         if not folder.exists():
             build_model(name, seed).save_pretrained(folder)
-            build_tokenizer().save_pretrained(folder)
+            build_tokenizer(name in _FRAMED).save_pretrained(folder)
         return folder
 
     return give
@@ -143,6 +155,20 @@ def exported_folder(model_folder, documents, tmp_path_factory) -> Callable[[str]
         return folder
 
     return give
+
+
+@pytest.fixture(scope="session")
+def packed(exported_folder, model_folder, tmp_path_factory) -> Path:
+    """A folder with the packed folders of every task, fp32."""
+    from export import pack
+    from trainer.config import Recipe
+
+    root = tmp_path_factory.mktemp("packing")
+    for name in PACKED:
+        shutil.copytree(exported_folder(name), root / "export" / name)
+    export = {"models": {name: str(model_folder(name)) for name in PACKED}}
+    pack.run(Recipe.model_validate({"run_dir": root, "export": export, "pack": {"variant": "fp32", "top_k": 3}}))
+    return root / "pack"
 
 
 @pytest.fixture(scope="session")

@@ -190,8 +190,8 @@ def test_a_wrong_graph_is_caught(bert, edit):
 
 def test_answers_are_ranked_among_the_tokens_of_their_row(model_folder, raw_graph, documents, tmp_path):
     """A start that is moved by one token is caught by its rank alone, and padding never wins."""
-    folder = model_folder("distilbert_answers")
-    bench = Bench(folder, raw_graph("distilbert_answers"), documents, tmp_path)
+    folder = model_folder("bert_answers")
+    bench = Bench(folder, raw_graph("bert_answers"), documents, tmp_path)
     ranks = FP32.model_copy(update={"max_abs": None, "relative_rms": None})
     rows = sum(len(case.mask_BT) for case in bench.cases)
     assert bench.check(tolerance=ranks)["metrics"]["positions"] == 2 * rows

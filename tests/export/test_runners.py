@@ -16,7 +16,7 @@ HEADS = {
     "bert_classifier": {"logits": ("batch_size", 3)},
     "bert_features": {"last_hidden_state": ("batch_size", "sequence_length", 32)},
     "roberta_tokens": {"logits": ("batch_size", "sequence_length", 5)},
-    "distilbert_answers": {name: ("batch_size", "sequence_length") for name in ("start_logits", "end_logits")},
+    "bert_answers": {name: ("batch_size", "sequence_length") for name in ("start_logits", "end_logits")},
 }
 # Layers, heads of keys and values, and their size, as the configs of these tiny models have them.
 CACHES = {"gpt2": (2, 4, 8), "llama": (2, 2, 8), "mistral": (2, 2, 8), "qwen2": (2, 2, 8), "qwen3": (2, 2, 16)}

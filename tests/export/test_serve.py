@@ -17,12 +17,11 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSequenceClassification, pipeline
 
-from export import pack, serve
+from export import serve
 from export.triton_image import triton_image
 from tests.export.conftest import MAX_LENGTH, build_tokenizer
 from trainer.__main__ import main
 from trainer.artifact import content_hash, hash_tree, read_artifact, write_json
-from trainer.config import Recipe
 from trainer.errors import GateFailed, UserError
 
 ROOT = Path(__file__).parents[2]
@@ -31,18 +30,6 @@ TEXTS = [
     "class Point:\n    x = 0\n    y = 1",
     "def add(first, second):\n    return first + a b c d e f",
 ]
-
-
-@pytest.fixture(scope="session")
-def packed(exported_folder, model_folder, tmp_path_factory) -> Path:
-    """A folder with the packed folders of three tasks, fp32."""
-    root = tmp_path_factory.mktemp("packing")
-    names = ("bert", "gpt2", "bert_classifier")
-    for name in names:
-        shutil.copytree(exported_folder(name), root / "export" / name)
-    export = {"models": {name: str(model_folder(name)) for name in names}}
-    pack.run(Recipe.model_validate({"run_dir": root, "export": export, "pack": {"variant": "fp32", "top_k": 3}}))
-    return root / "pack"
 
 
 @pytest.fixture(scope="session")
@@ -77,12 +64,12 @@ def client(packed):
 
 @pytest.fixture(scope="session")
 def clients(packed, environment, client, tmp_path_factory):
-    """Clients of one server that has the models of all three packed folders: (protocol's client, its module)."""
+    """Clients of one server that has the models of four packed folders: (protocol's client, its module)."""
     import tritonclient.grpc
     import tritonclient.http
 
     scratch = tmp_path_factory.mktemp("server")
-    for name in ("bert", "gpt2", "bert_classifier"):
+    for name in ("bert", "gpt2", "bert_classifier", "bert_answers"):
         shutil.copytree(packed / name / "models", scratch / "all" / "models", dirs_exist_ok=True)
     http, grpc, metrics = free_ports()
     site = serve.ensure_environment(environment, triton_image())
@@ -137,6 +124,16 @@ def test_classes_are_those_of_transformers(clients, client, model_folder):
             (expected,) = classify([text])
             assert [one["label"] for one in answer] == [one["label"] for one in expected]
             assert_same_scores(answer, expected)
+
+
+def test_questions_are_answered_from_two_texts(clients, client):
+    """What the answers are is held against transformers where the Python models are called directly."""
+    rows = [("what is first", text) for text in TEXTS]
+    for each in clients:
+        for (_, context), answer in zip(
+            rows, client.ask(*each, rows, "bert_answers_text", ["QUESTION", "CONTEXT"]), strict=True
+        ):
+            assert answer and all(context[one["start"] : one["end"]] == one["answer"] for one in answer)
 
 
 def test_requests_share_calls_and_answers_do_not_mix(clients, client):

@@ -71,7 +71,7 @@ def test_too_little_text_proves_nothing():
 
 def test_a_source_without_quality_is_refused():
     nothing = Scores("masked_accuracy", np.zeros(4), np.full(4, 5))
-    with pytest.raises(GateFailed, match=r"(?s)none of 20 masked tokens right.*export.quality to null"):
+    with pytest.raises(GateFailed, match=r"(?s)none of 20 targets right.*export.quality to null"):
         check_quality("m", nothing, nothing, 0.99)
 
 

@@ -8,10 +8,12 @@ import onnx
 import pytest
 from onnx import numpy_helper
 
-from export.bisect import first_departure
+from export import verify
+from export.bisect import first_departure, first_module
 from export.cases import full_rows
 from export.io_spec import read_spec
 from export.quantize import quantize
+from export.to_onnx import export_graph, load_model
 from tests.export.test_variants import plant_overflow
 from trainer.__main__ import main
 from trainer.artifact import hash_file
@@ -71,6 +73,45 @@ def test_an_overflow_is_a_departure(bert, tmp_path):
     lower(tmp_path / "planted.onnx", tmp_path / "low.onnx", "fp16", set())
     found = first_departure(tmp_path / "planted.onnx", tmp_path / "low.onnx", inputs, 0.1, 1)
     assert found is not None and found.node == "planted_huge" and not found.relative_rms <= 1.0
+
+
+def test_the_module_whose_graph_is_wrong_is_named(bert, model_folder, tmp_path):
+    """Against PyTorch: one with a weight of its own, and attention, whose nodes hold none. An honest graph agrees."""
+    raw, inputs = bert
+    folder = model_folder("bert")
+    spec = read_spec(folder)
+    model, faulty = load_model(folder, spec), tmp_path / "faulty.onnx"
+    assert first_module(model, spec, raw, inputs, 1e-5, 1) is None
+    scale_weight(raw, faulty, "layer.1.output.LayerNorm.weight")
+    found = first_module(model, spec, faulty, inputs, 1e-5, 1)
+    assert found is not None and (found.module, found.kind) == (
+        "model.bert.encoder.layer.1.output.LayerNorm",
+        "LayerNorm",
+    )
+    graph = onnx.load(raw)
+    softmax = next(node for node in graph.graph.node if node.op_type == "Softmax")
+    softmax.attribute[0].i = 2  # of the rows of scores instead of their columns
+    onnx.save(graph, faulty)
+    found = first_module(model, spec, faulty, inputs, 1e-5, 1)
+    assert (
+        found is not None and found.module == "model.bert.encoder.layer.0.attention.self" and found.relative_rms > 0.01
+    )
+
+
+def test_a_fault_of_the_exporter_is_told_by_its_module(model_folder, tmp_path, monkeypatch, capsys):
+    """The graph made anew has the fault as well, so that no node departs from it."""
+
+    def faulty(model, spec, path, opset):
+        export_graph(model, spec, path, opset)
+        scale_weight(path, path, "layer.0.output.LayerNorm.weight")
+
+    monkeypatch.setattr(verify, "export_graph", faulty)
+    recipe = tmp_path / "recipe.yaml"
+    export = {"models": {"m": str(model_folder("bert"))}, "quality": None, "variants": ["fp32"]}
+    recipe.write_text(json.dumps({"run_dir": str(tmp_path / "run"), "export": export}))
+    assert main(["verify", "export", str(recipe), "--bisect"]) == 1
+    said = capsys.readouterr().err
+    assert "which is not the model: module model.bert.encoder.layer.0.output.LayerNorm (LayerNorm)" in said
 
 
 def test_the_verb_holds_what_was_exported_against_its_source(bert, model_folder, raw_graph, tmp_path, capsys):
