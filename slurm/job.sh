@@ -7,6 +7,7 @@ stuck=''                           # whether srun had to be killed
 unfit=''                           # nodes that failed the preflight
 me=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID} # an array's id alone would mean all of it
 me=${me:-$SLURM_JOB_ID}
+notes=$job_folder/$stage${SLURM_ARRAY_TASK_ID:+-$SLURM_ARRAY_TASK_ID} # of this element of an array alone
 head_node=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 
 say() { printf '%s job %s: %s\n' "$(date -u +%H:%M:%S)" "$me" "$*"; }
@@ -104,7 +105,7 @@ requeue() {
     exit 75
 }
 
-trap 'stopping=${stopping:-$SECONDS}; date +%s >"$job_folder/$stage.stopping"; say "signal: asking the ranks to save"' USR1
+trap 'stopping=${stopping:-$SECONDS}; date +%s >"$notes.stopping"; say "signal: asking the ranks to save"' USR1
 
 while :; do
     attempt=$((attempt + 1))
@@ -117,10 +118,10 @@ while :; do
     wait_for_ranks
     if [ -n "$stopping" ]; then
         took_s=$((SECONDS - stopping))
-        echo "$took_s" >"$job_folder/$stage.last_stop_s"
+        echo "$took_s" >"$notes.last_stop_s"
         say "the ranks ended $took_s s after the signal; the notice is $notice_s s"
     fi
-    rm -f "$job_folder/$stage.stopping"
+    rm -f "$notes.stopping"
     codes=" $(sort -u "$outcome"/* 2>/dev/null | tr '\n' ' ')"
     say "srun ended with $code, ranks with:$codes"
     for final in 1 2 70 130; do # a gate, a mistake in the recipe, an error in a program: the next start would end alike

@@ -157,6 +157,8 @@ def _environment(job: StageJob, site: Site) -> Iterator[str]:
         yield f"export GLOO_SOCKET_IFNAME={shlex.quote(site.network_interface)}"
     if site.scratch:
         yield f'export TMPDIR={shlex.quote(site.scratch)}/"$SLURM_JOB_ID"'
-        yield 'srun --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 mkdir -p "$TMPDIR"'
+        on_each_node = 'srun --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1'
+        yield f'{on_each_node} mkdir -p "$TMPDIR"'
+        yield f"trap 'timeout 60 {on_each_node} rm -rf -- \"$TMPDIR\"' EXIT # a job that is killed leaves it to the cluster"
     for name, value in site.environment.items():
         yield f"export {name}={shlex.quote(value)}"

@@ -118,15 +118,21 @@ def _refuse_second_chain(ledger: Ledger, recipe: Recipe) -> None:
 
 
 def _warn_of_slow_saves(jobs: Sequence[StageJob]) -> None:
-    """Say what the last stop took, where it was longer than the notice is now, or never ended."""
+    """Say what the last stop took, where it was longer than the notice is now, or never ended; of an array the longest.
+
+    Elements of an array leave `<stage>-<number>.…`, other jobs `<stage>.…`.
+    """
     for job in jobs:
-        last, cut = job.folder / f"{job.stage}.last_stop_s", job.folder / f"{job.stage}.stopping"
         notice = f"slurm.notice_s is {job.slurm.notice_s}"
-        if cut.is_file():
+        lasted = [int(path.read_text()) for path in _notes(job, "last_stop_s")]
+        if _notes(job, "stopping"):
             print(f"warning: {job.stage} was ended while it saved at its last stop; {notice}", file=sys.stderr)
-        elif last.is_file() and int(last.read_text()) > job.slurm.notice_s:
-            took = last.read_text().strip()
-            print(f"warning: {job.stage} took {took} s to save at its last stop; {notice}", file=sys.stderr)
+        elif max(lasted, default=0) > job.slurm.notice_s:
+            print(f"warning: {job.stage} took {max(lasted)} s to save at its last stop; {notice}", file=sys.stderr)
+
+
+def _notes(job: StageJob, kind: str) -> list[Path]:
+    return [*job.folder.glob(f"{job.stage}.{kind}"), *job.folder.glob(f"{job.stage}-[0-9]*.{kind}")]
 
 
 def _submit_chain(jobs: Sequence[StageJob], paths: Sequence[Path]) -> dict[str, str]:

@@ -177,13 +177,14 @@ def test_readme_s_five_commands_hold(tmp_path, monkeypatch, capsys):
 def test_a_save_that_took_longer_than_the_notice_is_said_at_the_next_submission(tmp_path, monkeypatch, capsys):
     (tmp_path / "run" / "slurm").mkdir(parents=True)
     (tmp_path / "run" / "slurm" / "pretrain.last_stop_s").write_text("121\n")
+    (tmp_path / "run" / "slurm" / "pretrain-3.last_stop_s").write_text("130\n")  # of an array's element
     (tmp_path / "run" / "slurm" / "prepare.last_stop_s").write_text("119\n")
     (tmp_path / "run" / "slurm" / "distill.stopping").write_text("1790000000\n")
     monkeypatch.setenv("PATH", str(tmp_path))
     assert main(["submit", "quickstart", f"run_dir={tmp_path}/run"]) == 2
     warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning")]
     assert warnings == [
-        "warning: pretrain took 121 s to save at its last stop; slurm.notice_s is 120",
+        "warning: pretrain took 130 s to save at its last stop; slurm.notice_s is 120",
         "warning: distill was ended while it saved at its last stop; slurm.notice_s is 120",
     ]
 
