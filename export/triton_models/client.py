@@ -38,6 +38,8 @@ def main() -> None:
     parser.add_argument("--protocol", choices=("grpc", "http"), default="grpc")
     parser.add_argument("--url", help="default localhost:8001 (grpc) or localhost:8000 (http)")
     arguments = parser.parse_args()
+    if len(arguments.texts) % len(INPUTS):
+        parser.error(f"a row has {len(INPUTS)} texts: {', '.join(INPUTS)}")
     if arguments.protocol == "grpc":
         import tritonclient.grpc as module  # pyright: ignore[reportMissingImports] - the user's, not lmworks'
     else:
