@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import transformers as hf
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from export.io_spec import read_spec
 from export.to_onnx import export_graph, load_model
@@ -84,6 +84,7 @@ def build_model(name: str, seed: int = 0) -> torch.nn.Module:
 def build_tokenizer() -> hf.PreTrainedTokenizerFast:
     inner = Tokenizer(models.BPE(unk_token="[UNK]"))
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     inner.train_from_iterator(
         [_TEXT], trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=SPECIAL, initial_alphabet=alphabet)
