@@ -1,5 +1,5 @@
 """Text token by token over any runner of a decoder: greedy or sampled, batches padded on the left, as a stream.
-Turning text into tokens and back is the caller's, who may also end a stream for its own reasons, such as a stop word.
+Turning text into tokens and back, and ending rows at a stop string, is `texts`' business.
 
 Shape letters: B batch, T tokens of one step, P tokens before it, V vocabulary.
 """
@@ -99,9 +99,16 @@ def decoder_of(runner: Runner, spec: IoSpec) -> Decoder:
     return BoundDecoder(runner, spec) if isinstance(runner, OnnxRunner) else CopyingDecoder(runner, spec)
 
 
-def stream(runner: Runner, spec: IoSpec, prompts: Sequence[Sequence[int]], settings: Sampling) -> Iterator[np.ndarray]:
+def stream(
+    runner: Runner,
+    spec: IoSpec,
+    prompts: Sequence[Sequence[int]],
+    settings: Sampling,
+    ended_B: np.ndarray | None = None,
+) -> Iterator[np.ndarray]:
     """Yields the next token of every prompt, int64 [B]; the padding id for rows that have ended. Ends when all have.
 
+    The reader may end a row for reasons of its own: it sets it to True in `ended_B`, bool [B], between two tokens.
     Raises UserError for an empty prompt, or one that leaves the model no room for the new tokens.
     """
     decoder = decoder_of(runner, spec)
@@ -110,13 +117,14 @@ def stream(runner: Runner, spec: IoSpec, prompts: Sequence[Sequence[int]], setti
     padded = spec.pad([np.asarray(prompt, dtype=np.int64) for prompt in prompts], length, left=True)
     ids_BT, mask = padded["input_ids"], padded["attention_mask"]
     random, cache = np.random.default_rng(settings.seed), None
-    going_B = np.ones(len(prompts), dtype=bool)
+    if ended_B is None:
+        ended_B = np.zeros(len(prompts), dtype=bool)
     for step in range(settings.max_new_tokens):
         logits_BTV, cache = decoder.advance(spec.token_feeds(ids_BT, mask), cache)
-        chosen_B = np.where(going_B, choose(logits_BTV[:, -1], settings, random), spec.pad_id)
+        chosen_B = np.where(ended_B, spec.pad_id, choose(logits_BTV[:, -1], settings, random))
         yield chosen_B
-        going_B &= ~np.isin(chosen_B, settings.eos_token_ids)
-        if not going_B.any() or step + 1 == settings.max_new_tokens:
+        ended_B |= np.isin(chosen_B, settings.eos_token_ids)
+        if ended_B.all() or step + 1 == settings.max_new_tokens:
             return
         ids_BT = chosen_B[:, None]
         mask = np.concatenate([mask, np.ones_like(ids_BT)], axis=1)

@@ -1,5 +1,5 @@
 """Exported models that may be handed on: folders as export left them, and in them the files that passed the gate.
-What is made of them is the business of the stages that ask, pack and tensorrt.
+What is made of them is the business of those that ask: pack, tensorrt and generate.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -52,17 +52,17 @@ def subjects(recipe: Recipe, section: str, wanted: Sequence[str]) -> list[Subjec
     return [examine(name, recipe.stage_dir("export") / name, models[name]) for name in wanted or models]
 
 
-def examine(name: str, exported: Path, model: Path) -> Subject:
+def examine(name: str, exported: Path, model: Path | None = None) -> Subject:
     """Read and check one export folder.
 
     Raises UserError where there is none, and GateFailed where a file in it is not what passed the gate, or where the
-    model was trained anew since.
+    model that it is held to, if one is named and there, was trained anew since.
     """
     record = read_artifact(exported, "onnx")
     check_folder(exported)
     if hash_tree(exported) != record["content_sha256"]:
         raise GateFailed(f"{exported} is not what export left there", "files that passed parity", "export it again")
-    if model.is_dir() and record["parents"].get("model") != content_hash(model):
+    if model and model.is_dir() and record["parents"].get("model") != content_hash(model):
         raise GateFailed(f"{exported} was exported from another {model}", "an export of this model", "export it again")
     variants = {one.variant: one for one in verified_variants(exported, record)}
     if not variants:

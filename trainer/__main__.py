@@ -26,11 +26,18 @@ class Verb:
     what: tuple[str, ...] = ()  # a word before the recipe, one of these
     takes_stages: bool = False  # words after the recipe that are no key=value; then `--dry-run` is the verb's own
     folder: str = ""  # name of a folder argument, in place of a recipe
+    words: str = ""  # name of what may stand after that folder
     elsewhere: Mapping[str, str] = field(default_factory=dict)  # such a word -> the module that does it
 
 
-_FOLDERS = {"packed": "a folder that pack wrote", "run_dir": "the recipe's run_dir"}
+_FOLDERS = {
+    "packed": "a folder that pack wrote",
+    "run_dir": "the recipe's run_dir",
+    "folder": "an exported model, or a model folder of transformers",
+}
+_WORDS = {"prompts": "texts to go on from; without any, the lines of standard input"}
 GPU_NAMES = ("a100-40", "a100-80", "h100", "h200", "b200", "l40s", "rtx4090", "v100")  # planning.hardware's
+_FORMS = ("fp32", "fp16", "bf16", "int8", "int8_static", "int4")  # export_config's Precision
 VERBS = {
     "run": Verb("trainer.chain", "run the whole chain of a recipe, skipping stages that are up to date"),
     "plan": Verb(
@@ -76,6 +83,31 @@ VERBS = {
             },
         },
     ),
+    "generate": Verb(
+        "export.prompts",
+        "text that an exported causal model writes after a prompt, as it comes",
+        takes_recipe=False,
+        folder="folder",
+        words="prompts",
+        flags={
+            "--variant": {"choices": _FORMS, "help": "which exported form (default fp32 where it was exported)"},
+            "--max-new-tokens": {"type": int, "default": 64, "metavar": "N", "help": "default 64"},
+            "--temperature": {"type": float, "default": 0.0, "metavar": "T", "help": "default 0: the likeliest token"},
+            "--top-k": {"type": int, "default": 0, "metavar": "K", "help": "of the K likeliest (default 0: of all)"},
+            "--top-p": {"type": float, "default": 1.0, "metavar": "P", "help": "of the fewest with this probability"},
+            "--seed": {"type": int, "default": 0, "metavar": "N", "help": "for temperatures above 0 (default 0)"},
+            "--stop": {
+                "action": "append",
+                "default": [],
+                "metavar": "STRING",
+                "help": "end before it; may be repeated",
+            },
+            "--json-lines": {
+                "action": "store_true",
+                "help": "an object of JSON for each prompt, when its text is whole",
+            },
+        },
+    ),
     "report": Verb("export.report", "report.html, plots and model cards from what was measured"),
     "submit": Verb(
         "slurm.submit",
@@ -104,8 +136,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     verb = VERBS[arguments.verb]
     try:
         if not verb.takes_recipe:
-            folders = {verb.folder: getattr(arguments, verb.folder)} if verb.folder else {}
-            importlib.import_module(verb.module).run(**folders, **_flags(verb, arguments))
+            given = {name: getattr(arguments, name) for name in (verb.folder, verb.words) if name}
+            importlib.import_module(verb.module).run(**given, **_flags(verb, arguments))
         elif verb.takes_stages:
             stages = [word for word in arguments.overrides if "=" not in word]
             recipe = load_recipe(arguments.recipe, [word for word in arguments.overrides if "=" in word])
@@ -172,10 +204,11 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = _parser()
     arguments, rest = parser.parse_known_args(argv)
     strange = [word for word in rest if word.startswith("-")]
-    if strange or (rest and not hasattr(arguments, "overrides")):
+    free = "overrides" if hasattr(arguments, "overrides") else VERBS[arguments.verb].words
+    if strange or (rest and not free):
         parser.error(f"unrecognized arguments: {' '.join(strange or rest)}")
     if rest:
-        arguments.overrides = [*arguments.overrides, *rest]
+        setattr(arguments, free, [*getattr(arguments, free), *rest])
     return arguments
 
 
@@ -186,6 +219,8 @@ def _parser() -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=verb.does, description=verb.does)
         if verb.folder:
             command.add_argument(verb.folder, type=Path, metavar=verb.folder.upper(), help=_FOLDERS[verb.folder])
+        if verb.words:
+            command.add_argument(verb.words, nargs="*", metavar="PROMPT", help=_WORDS[verb.words])
         if verb.takes_recipe:
             if verb.what:
                 command.add_argument("what", choices=verb.what, help="what is proven")

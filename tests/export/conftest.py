@@ -90,6 +90,7 @@ def build_model(name: str, seed: int = 0) -> torch.nn.Module:
 def build_tokenizer(framed: bool = False) -> hf.PreTrainedTokenizerFast:
     inner = Tokenizer(models.BPE(unk_token="[UNK]"))
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     inner.train_from_iterator(
         [_TEXT], trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=SPECIAL, initial_alphabet=alphabet)
