@@ -14,7 +14,7 @@ from markupsafe import Markup
 from ruamel.yaml import YAML
 
 from export.files import size_mib
-from export.results import STAGES, Results, Row, full_rows, is_verified
+from export.results import STAGES, Results, Row, full_rows, is_verified, quality_text
 from trainer.artifact import write_text
 from trainer.export_config import ONNX_FILES
 
@@ -189,9 +189,11 @@ def _exports(found: Results, name: str) -> list[Row]:
         path = found.recipe.stage_dir("export") / name / file
         if (name, backend) in found.verified:
             proof = next((entry for entry in record["evidence"] if entry.get("file") == file), {})
+            what = f"quality_{backend.removeprefix('onnx_')}"
+            quality = next((entry for entry in record["evidence"] if entry["what"] == what), None)
             rows.append({"file": file, "precision": backend.removeprefix("onnx_"),
                          "passed": found.verified[name, backend], "mib": size_mib(path),
-                         "metrics": proof.get("metrics", {})})  # fmt: skip
+                         "metrics": proof.get("metrics", {}), "quality": quality_text(quality)})  # fmt: skip
     return rows
 
 

@@ -23,6 +23,7 @@ from export.results import (
     is_verified,
     measured,
     noise_of,
+    quality_text,
     rank_of,
     read_results,
     summarize,
@@ -105,13 +106,14 @@ def headline(summary: Row) -> list[tuple[str, str, str]]:
     shape = f"batch {summary['batch_size']} × {summary['sequence_length']} tokens"
     shaky = "" if summary["stable"] in (True, None) else " · unstable, not to be relied on"
     parameters = [count(summary[f"{name}_parameters"]) for name in STAGES]
+    timed = summary["batch_size"] is not None
     speed_up = f"{summary['speedup']:.1f}×" if summary["speedup"] else _NOT_MEASURED
     speed_up += " (within the noise)" if summary["tied"] else ""
     backend = (summary["student_backend"] or "no verified backend").replace("_", " ")
     if summary["tied_backends"]:
         backend += f" (tied with {', '.join(summary['tied_backends'])})".replace("_", " ")
     parity = {True: "passed", False: "missing or outdated", None: "not checked"}[summary["parity_passed"]]
-    return [
+    tiles = [
         ("Speed-up", speed_up, f"student in {backend} against teacher in eager PyTorch, {shape}{kept(summary)}{shaky}"),
         ("Median latency", _pair(summary, "latency_ms", " ms"), f"teacher eager → student {backend}, {shape}{shaky}"),
         ("Validation loss", _pair(summary, "loss", ""), "teacher → student, nats per target token"),
@@ -123,6 +125,7 @@ def headline(summary: Row) -> list[tuple[str, str, str]]:
         ),
         ("Parity of exports", parity, "every ONNX file held against its source model on real text"),
     ]
+    return [tile for tile in tiles if timed or tile[0] not in ("Speed-up", "Median latency", "Size on disk")]
 
 
 def summary_lines(summary: Row) -> list[str]:
@@ -131,7 +134,9 @@ def summary_lines(summary: Row) -> list[str]:
     rows = (("loss", "Validation loss"), ("parameters", "Parameters"), ("latency", "Median latency"),
             ("speed-up", "Speed-up"), ("size", "Size on disk"))  # fmt: skip
     return [
-        f"{label:<11} {texts[name][0]}  ({texts[name][1]})" for label, name in rows if set(texts[name][0]) - set("– →")
+        f"{label:<11} {texts[name][0]}  ({texts[name][1]})"
+        for label, name in rows
+        if name in texts and set(texts[name][0]) - set("– →")
     ]
 
 
@@ -247,16 +252,17 @@ def evaluation_columns(found: Results) -> Row:
 
 
 def proofs(found: Results) -> Iterator[Row]:
-    """Parity evidence of every exported file, with its verdict."""
+    """Evidence of both gates of every exported file, with the verdict."""
     for model, record in found.exported.items():
         for backend in ONNX_FILES:
             if (model, backend) not in found.verified:
                 continue
-            what = f"parity_{backend.removeprefix('onnx_')}"
-            proof = next((entry for entry in record["evidence"] if entry["what"] == what), {})
+            variant = backend.removeprefix("onnx_")
+            entries = {entry["what"]: entry for entry in record["evidence"]}
+            proof = entries.get(f"parity_{variant}", {})
             metrics, limits = proof.get("metrics", {}), proof.get("thresholds", {})
             yield {"model": model, "backend": backend, "passed": found.verified[model, backend], "metrics": metrics,
-                   "limits": limits}  # fmt: skip
+                   "limits": limits, "quality": quality_text(entries.get(f"quality_{variant}"))}  # fmt: skip
 
 
 def reasons(found: Results) -> dict[str, list[str]]:

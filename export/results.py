@@ -232,6 +232,17 @@ def _quality(found: Results, student_backend: str | None) -> Row | None:
     return {"metric": metric, "teacher": _of(teacher, "value"), "student": _of(student, "value")}
 
 
+def quality_text(proof: Row | None) -> str:
+    """What a form keeps of its source's quality, with the interval and what was asked for; a dash without evidence."""
+    if proof is None:
+        return "–"
+    seen, share = proof["metrics"], proof["thresholds"]["share"]
+    return (
+        f"{seen['kept']:.1%} of {seen['metric'].replace('_', ' ')} ({seen['kept_low']:.1%} to {seen['kept_high']:.1%}) "
+        f"[{share:.1%}]"
+    )
+
+
 def _loss(found: Results, name: str) -> float | None:
     trained = found.trained.get(name)
     return trained.metrics.eval[-1]["loss"] if trained and trained.metrics.eval else None

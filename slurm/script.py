@@ -159,6 +159,7 @@ def _environment(job: StageJob, site: Site) -> Iterator[str]:
         yield f'export TMPDIR={shlex.quote(site.scratch)}/"$SLURM_JOB_ID"'
         on_each_node = 'srun --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1'
         yield f'{on_each_node} mkdir -p "$TMPDIR"'
-        yield f"trap 'timeout 60 {on_each_node} rm -rf -- \"$TMPDIR\"' EXIT # a job that is killed leaves it to the cluster"
+        yield "# A job that is killed leaves it to the cluster."
+        yield f"trap 'timeout 60 {on_each_node} rm -rf -- \"$TMPDIR\"' EXIT"
     for name, value in site.environment.items():
         yield f"export {name}={shlex.quote(value)}"

@@ -4,11 +4,14 @@ Every verb's work is in its own module; here are only arguments, exit codes and 
 import argparse
 import contextlib
 import importlib
+import signal
 import sys
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from types import FrameType
+from typing import Any, NoReturn
 
 from trainer.artifact import alone_in
 from trainer.config import Recipe
@@ -135,6 +138,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parse(argv)
     verb = VERBS[arguments.verb]
     try:
+        _end_on_sigterm()
         if not verb.takes_recipe:
             given = {name: getattr(arguments, name) for name in (verb.folder, verb.words) if name}
             importlib.import_module(verb.module).run(**given, **_flags(verb, arguments))
@@ -164,6 +168,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"lmworks {arguments.verb}: interrupted; run the same command to begin this stage anew", file=sys.stderr)
         return EXIT_INTERRUPTED
     return 0
+
+
+def _end_on_sigterm() -> None:
+    """SIGTERM ends a verb as an error does, so that it ends what it started; stages that train answer it themselves."""
+    here = threading.current_thread() is threading.main_thread()  # elsewhere no handler may be set
+    if here and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, _terminated)
+
+
+def _terminated(number: int, frame: FrameType | None) -> NoReturn:
+    raise Preempted("stopped by SIGTERM; run the same command to begin this stage anew")
 
 
 def stage_main(verb: str) -> None:

@@ -202,7 +202,10 @@ class Training(Section):
                 f"{self.micro_batch_size}; nearest: {nearest_multiples(self.global_batch_size, self.micro_batch_size)}"
             )
         if self.schedule.warmup_steps + (self.schedule.decay_steps or 0) > self.max_steps:
-            raise ValueError("schedule.warmup_steps + schedule.decay_steps exceed max_steps")
+            raise ValueError(
+                f"schedule.warmup_steps {self.schedule.warmup_steps} + decay_steps {self.schedule.decay_steps or 0} "
+                f"exceed max_steps {self.max_steps}"
+            )
         return self
 
 

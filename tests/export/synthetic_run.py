@@ -154,6 +154,9 @@ def export(recipe, names=("teacher", "student")):
                 limits = {"max_abs": 1e-3, "relative_rms": 1e-4, "min_top1": 0.999}
                 proofs.append({"what": f"parity_{variant}", "file": file, "sha256": hash_file(partial / file),
                                "command": "lmworks export", "metrics": metrics, "thresholds": limits})  # fmt: skip
+                kept = {"metric": "masked_accuracy", "kept": 0.9904, "kept_low": 0.9749, "kept_high": 1.0071}
+                proofs.append(proofs[-1] | {"what": f"quality_{variant}", "metrics": kept,
+                                            "thresholds": {"share": 0.99}})  # fmt: skip
             write_artifact(partial, "onnx", recipe_sha256="2" * 64, parents={"model": content_hash(source)},
                            evidence=proofs, about={"task": "masked_lm"})  # fmt: skip
 

@@ -102,7 +102,8 @@ def test_page_stands_alone(whole):
 
 def test_page_shows_what_was_measured(whole):
     shown = text_of((whole.run_dir / "report.html").read_text())
-    for expected in ("8.0×", "12 → 1.5 ms", "970", "300,000", "duplicate 10", "resumed at step 20", "1 min 40 s",
+    for expected in ("99.0% of masked accuracy (97.5% to 100.7%) [99.0%]",
+                     "8.0×", "12 → 1.5 ms", "970", "300,000", "duplicate 10", "resumed at step 20", "1 min 40 s",
                      "student onnx int8 1 × 128 ok 1 1.5 1.65 1.95 400", "Test CPU, 2 threads",
                      "0.25 300 6 25% compute", "student onnx int8 1 × 32 + 16 ok 8.25 2.125 444 38% memory",
                      "150 GFLOP/s in fp32 products, 600 Gop/s in int8 products, 25 GB/s in copies",
@@ -214,6 +215,13 @@ def test_a_stage_in_the_middle_of_its_run(tmp_path, capsys):
     summary, page, _ = report(recipe, capsys)
     assert summary["student_loss"] is None and summary["student_parameters"] is None
     assert "distill: not finished; what is shown ends at its last logged step." in text_of(page)
+
+
+def test_before_bench_nothing_is_said_of_speed(tmp_path, capsys):
+    recipe = build(tmp_path / "demo", stages=("prepare", "pretrain", "distill", "export"))
+    summary, page, said = report(recipe, capsys)
+    assert summary["speedup"] is None and "None ×" not in text_of(page)
+    assert "Speed-up" not in text_of(page) and "speed-up" not in said and "Validation loss" in text_of(page)
 
 
 def test_bench_alone(tmp_path, capsys):
