@@ -10,8 +10,7 @@ _COLUMNS = (  # heading, key of a row, format
     ("p50 ms", "p50_ms", ".2f"),
     ("p99 ms", "p99_ms", ".2f"),
     ("tokens/s", "real_tokens_per_s", ",.0f"),
-    ("of limit", "limit_share", ".0%"),
-    ("start s", "cold_start_s", ".2f"),
+    ("limit", "limit_share", ".0%"),
     ("peak MiB", "peak_memory_mib", ",.0f"),
     ("file MiB", "file_mib", ".1f"),
 )
@@ -36,10 +35,8 @@ def show(report: dict[str, Any]) -> None:
             numbers[0] = row["status"]
         table.add_row(row["model"], row["backend"], _shape(row), *numbers)
     console.print(table)
-    for row in report["rows"]:
-        if row["status"] != "ok":
-            about = f"{row['model']} {row['backend']} {_shape(row)}"
-            console.print(f"{about}: {row['status']}: {row['reason']}", markup=False)
+    for reason, rows in reasons(report["rows"]).items():
+        console.print(f"{', '.join(rows)}: {reason}", markup=False)
     console.print(describe_noise(report["noise"]), markup=False)
     for entry in report["quality"]:
         console.print(f"{entry['model']} {entry['backend']}: {entry['metric']} {entry['value']:.4f}")
@@ -65,6 +62,16 @@ def describe_load(entry: dict[str, Any]) -> str:
     held = "no rate that was tried holds" if best is None else f"{best:.1f} requests/s hold"
     shaky = f" (unstable: {entry['reason']})" if entry["status"] != "ok" else ""
     return about + f"{held} p99 of {entry['limit_ms']:g} ms; {most:.1f} at the most, with the queue never empty{shaky}"
+
+
+def reasons(rows: list[dict[str, Any]]) -> dict[str, list[str]]:
+    """Why rows are not ok: status and reason, each once, to the rows that it is about."""
+    about: dict[str, list[str]] = {}
+    for row in rows:
+        if row["status"] != "ok":
+            name = f"{row['model']} {row['backend']} {_shape(row)}"
+            about.setdefault(f"{row['status']}: {row['reason']}", []).append(name)
+    return about
 
 
 def describe_noise(noise: dict[str, Any]) -> str:

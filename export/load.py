@@ -21,7 +21,7 @@ import numpy as np
 from export.bench_inputs import draw_documents
 from export.load_worker import Service
 from export.runners import process_environment
-from export.windows import MIN_CPU_SHARE, scheduled_s
+from export.windows import MIN_CPU_SHARE, cpu_share, scheduled_s
 from trainer.artifact import write_json
 from trainer.errors import UserError
 from trainer.export_config import Load
@@ -120,16 +120,19 @@ def measure_load(server: Server, settings: Load, seed: int) -> dict[str, Any]:
     def measure(rate_per_s: float) -> dict[str, Any]:
         return offer(server, arrivals_s(rate_per_s, settings.seconds, seed), settings) | {"rate_per_s": rate_per_s}
 
+    floor_per_s = _FEWEST / (_LONGEST * settings.seconds)
     if settings.rates == "auto":
-        floor_per_s = _FEWEST / (_LONGEST * settings.seconds)
         points = search(measure, most_per_s, floor_per_s)
     else:
         points = [measure(rate_per_s) for rate_per_s in sorted(settings.rates)]
     holding = [point["rate_per_s"] for point in points if point["holds"]]
     contended = [point for point in points if point["cpu_share"] is not None and point["cpu_share"] < MIN_CPU_SHARE]
+    reason = f"others used the CPU at {len(contended)} of {len(points)} rates" if contended else ""
+    if not points:
+        reason = f"rates below {floor_per_s:.2g}/s are not tried with bench.load.seconds {settings.seconds:g}: raise it"
     return {
-        "status": "unstable" if contended else "ok",
-        "reason": f"others used the CPU at {len(contended)} of {len(points)} rates" if contended else "",
+        "status": "unstable" if reason else "ok",
+        "reason": reason,
         "most_per_s": most_per_s,
         "highest_rate_per_s": max(holding, default=None),
         "points": sorted(points, key=lambda point: point["rate_per_s"]),
@@ -189,7 +192,7 @@ def offer(server: Server, due_s: np.ndarray, settings: Load) -> dict[str, Any]:
     answers = [server.answered.get(number) for number in numbers]
     waited_s = [np.inf if found is None else found[0] - at for found, at in zip(answers, start_s + due_s, strict=True)]
     return describe(waited_s, [found[1] for found in answers if found], settings.p99_limit_ms) | {
-        "cpu_share": _share(before, after)
+        "cpu_share": cpu_share(before, after)
     }
 
 
@@ -215,11 +218,3 @@ def _wait(server: Server, numbers: Sequence[int], until_s: float) -> None:
         if server.process.poll() is not None:
             raise UserError(f"the server ended with status {server.process.returncode} under load")
         time.sleep(0.002)
-
-
-def _share(before: tuple[float, float] | None, after: tuple[float, float] | None) -> float | None:
-    """What the server's threads got of the CPU time that they wanted; None where the system does not tell."""
-    if before is None or after is None:
-        return None
-    ran_s, queued_s = after[0] - before[0], after[1] - before[1]
-    return ran_s / (ran_s + queued_s) if ran_s + queued_s > 0 else 1.0

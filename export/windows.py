@@ -68,6 +68,14 @@ def scheduled_s(process: int | str) -> tuple[float, float] | None:
     return ran_ns / 1e9, queued_ns / 1e9
 
 
+def cpu_share(before: tuple[float, float] | None, after: tuple[float, float] | None) -> float | None:
+    """What a process's threads got of the CPU time that they wanted between two `scheduled_s`; None where not known."""
+    if before is None or after is None:
+        return None
+    ran_s, queued_s = after[0] - before[0], max(0.0, after[1] - before[1])
+    return ran_s / (ran_s + queued_s) if ran_s + queued_s > 0 else 1.0
+
+
 @dataclass(frozen=True)
 class Window:
     """One measured stretch: duration of each call, and the share of the CPU time wanted that the process got."""

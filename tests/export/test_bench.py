@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from export import bench as stage
+from export import bench_worker
 from export.bench_inputs import Cell, grid, prompt_arrays, prompts_of, quality_batches, speed_arrays
-from export.bench_table import describe_noise
+from export.bench_table import describe_noise, reasons
 from export.bench_worker import (
     check_compiled,
     describe,
@@ -79,7 +80,7 @@ def test_the_whole_stage_writes_its_report(exported, model_folder, documents, mo
         if row["status"] == "ok":
             assert row["p50_ms"] > 0 and row["calls"] >= 9
             assert row.get("limit_share", 1) > 0 and row.get("limit", "memory") in ("memory", "compute")
-            assert row["cold_start_s"] > row["p50_ms"] / 1e3
+            assert row["cold_start_s"] is None or row["cold_start_s"] > row["p50_ms"] / 1e3
             assert row["real_tokens_per_s"] == pytest.approx(row["samples_per_s"] * row["sequence_length"])
     nodes = {row["backend"]: row["nodes"] for row in report["rows"]}
     assert nodes["eager"] is None
@@ -194,6 +195,18 @@ def test_without_a_stable_row_there_is_no_noise(monkeypatch, tmp_path):
     assert describe_noise(found) == "noise unknown (no row is stable): rows are not ranked"
 
 
+def test_a_terminal_shows_each_reason_once():
+    def row(length, status, reason):
+        return {"model": "m", "backend": "eager", "batch_size": 1, "sequence_length": length, "lengths": "full",
+                "status": status, "reason": reason}  # fmt: skip
+
+    rows = [row(8, "unstable", "noise"), row(16, "ok", ""), row(32, "unstable", "noise"), row(8, "refused", "noise")]
+    assert reasons(rows) == {
+        "unstable: noise": ["m eager 1x8", "m eager 1x32"],
+        "refused: noise": ["m eager 1x8"],
+    }
+
+
 def test_measurements_with_too_few_windows_have_no_speed():
     window = Window((0.1, 0.2), 0.9)
     row = describe(Measurement(False, "others used the CPU", (window, window), 4, 0.5), 2, 16, 16)
@@ -257,6 +270,20 @@ def test_generating_is_measured_by_its_first_token_and_by_all(raw_graph, model_f
     if row["status"] == "ok":
         whole_s = row["first_token_ms"] / 1e3 + 8 * row["token_ms"] / 1e3
         assert row["tokens_per_s"] == pytest.approx(2 * 9 / whole_s)
+
+
+@pytest.mark.parametrize(("queued_s", "told"), [(0.0, True), (0.1, True), (0.5, False)])
+def test_a_start_while_others_had_the_cpu_has_no_time(queued_s, told, raw_graph, model_folder, monkeypatch):
+    """The process ran for a second meanwhile, and waited for a CPU for `queued_s`."""
+    scheduled = iter([(3.0, 1.0), (4.0, 1.0 + queued_s)])
+    monkeypatch.setattr(bench_worker, "scheduled_s", lambda process: next(scheduled))
+    settings = Settings(threads=1, window_s=0.01, max_windows=3, stability=0.1)
+    job = bench_worker.Job(str(raw_graph("bert").parent), "onnx_fp32", 1, 0, None, settings, "", "CPUExecutionProvider",
+                           audited=False, prompts=0, new_tokens=0)  # fmt: skip
+    inputs = read_spec(model_folder("bert")).pad([np.arange(5, 12)], 7)
+    runner, cold_start_s = bench_worker.open_cold(job, inputs)
+    assert runner.run(inputs)["logits"].shape[:2] == (1, 7)
+    assert (cold_start_s is not None and cold_start_s > 0) if told else cold_start_s is None
 
 
 def test_times_of_generating_by_hand():

@@ -112,6 +112,13 @@ def test_the_search_ends_within_a_32nd_below_the_highest_rate_that_holds():
     assert [point["rate_per_s"] for point in never] == [32.0, 16.0]  # 8 a second would take too long
 
 
+def test_a_server_too_slow_for_the_search_is_told(stalling):
+    """100 requests in the six times 0.1 ms that a rate may take at the most: more than any server does."""
+    found = measure_load(stalling(0.0), Load(p99_limit_ms=1e6, seconds=0.0001, max_batch=1), seed=0)
+    assert (found["status"], found["highest_rate_per_s"], found["points"]) == ("unstable", None, [])
+    assert found["reason"] == "rates below 1.7e+05/s are not tried with bench.load.seconds 0.0001: raise it"
+
+
 def test_batches_take_what_waits_up_to_their_size():
     waiting = queue.SimpleQueue()
     read_requests(["0 3\n", "1 4\n", "drop\n", "2 5\n", "3 6\n", "4 0\n"], waiting)
