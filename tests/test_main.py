@@ -8,6 +8,8 @@ from pathlib import Path
 
 import psutil
 
+from trainer.__main__ import main
+
 ROOT = Path(__file__).parents[1]
 VERB = """
 import subprocess
@@ -27,6 +29,12 @@ from trainer.__main__ import VERBS, Verb, main
 VERBS["wait"] = Verb("waiting", "", takes_recipe=False)
 sys.exit(main(["wait"]))
 """
+
+
+def test_a_dry_run_refuses_what_the_run_would(capsys, tmp_path):
+    for verb in ("pretrain", "run"):
+        assert main([verb, "quickstart", f"run_dir={tmp_path}", "pretrain.engine.zero=zero9", "--dry-run"]) == 2
+        assert "no DeepSpeed config 'zero9'; did you mean" in capsys.readouterr().err
 
 
 def test_sigterm_ends_a_verb_with_what_it_started(tmp_path):

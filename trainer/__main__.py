@@ -194,6 +194,10 @@ def _flags(verb: Verb, arguments: argparse.Namespace) -> dict[str, Any]:
 
 def _would(verb: str, recipe: Recipe) -> Iterator[str]:
     """What a verb would do with the recipe; UserError where it would refuse it at once."""
+    for stage in ("pretrain", "distill"):
+        section = getattr(recipe, stage)
+        if verb in (stage, "run") and section is not None and section.engine.zero is not None:
+            importlib.import_module("trainer.engine.zero").load_zero(section.engine.zero)
     if verb == "run":
         yield from importlib.import_module("trainer.chain").preview(recipe)
         return

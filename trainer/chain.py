@@ -79,7 +79,7 @@ def preview(recipe: Recipe) -> Iterator[str]:
             yield f"{stage}: would stop: {error}".replace("\n", "; ")
             return
         if reason:
-            yield f"{stage}: would run: {reason}"
+            yield f"{stage}: would run: {reason}{_left_off(recipe, stage)}"
         elif first:
             yield f"{stage}: would run if {first[-1]} gives another result than before"
         else:
@@ -87,6 +87,14 @@ def preview(recipe: Recipe) -> Iterator[str]:
             continue
         before.append(stage)
     yield "report: would run"
+
+
+def _left_off(recipe: Recipe, stage: str) -> str:
+    """That a stage has checkpoints: whether they are of this very run is known only when it opens them."""
+    checkpoints = recipe.stage_dir(stage) / "checkpoints"
+    if not any(checkpoints.glob("step-*")):
+        return ""
+    return f"; it goes on from {checkpoints}, or sets them aside and begins at step 0 where they are another recipe's"
 
 
 def due(recipe: Recipe, stage: str, entry: dict[str, Any] | None) -> str:

@@ -171,9 +171,9 @@ def _show(console: Console, stage: Mapping[str, Any], plan: Mapping[str, Any]) -
     console.print(f"\n[bold]{stage['stage']}[/bold]: {stage['architecture']}, {stage['precision']}, on {where}")
     for name, line in lines.items():
         console.print(f"  {name:<14} {line}", soft_wrap=True)
+    _notes(console, stage["notes"])
     console.print(_memory_table(stage))
     console.print(_choice_table(stage))
-    _notes(console, stage["notes"])
 
 
 def _notes(console: Console, notes: Iterable[str]) -> None:

@@ -71,6 +71,7 @@ class Session:
         self.causal = objective.name == "causal_lm"
         self._folder = folder or recipe.stage_dir(stage)
         self.engine = Engine(training, self._folder)
+        self._batches = tuple(self._batch_plans())  # before a model is built that could not be trained
         steps = training.total_steps if isinstance(training, Pretrain) else training.max_steps
         self._log = Log(self._folder, stage, steps, self.engine.is_main)
 
@@ -132,9 +133,7 @@ class Session:
         for number in range(1 + len(section.phases) if phased else 1):
             training = section.phase_training(number) if phased else section
             data = section.phase_data(number) if phased else self._data
-            plan = BatchPlan(
-                training.global_batch_size, training.micro_batch_size, self.engine.ranks.rank, self.engine.world
-            )
+            plan = self._batches[number]
             validation = validation_batches(
                 self._rows(self._validation_shards, data), mask, plan, training.eval_sequences, seed
             )
@@ -142,6 +141,13 @@ class Session:
             yield Part(first_step, first_sample, training, stream, validation)
             first_step += training.max_steps
             first_sample += training.max_steps * training.global_batch_size
+
+    def _batch_plans(self) -> Iterator[BatchPlan]:
+        """What each rank takes of a batch, in every phase; UserError for a batch that does not divide."""
+        section, ranks = self._training, self.engine.ranks
+        for number in range(1 + len(section.phases) if isinstance(section, Pretrain) else 1):
+            training = section.phase_training(number) if isinstance(section, Pretrain) else section
+            yield BatchPlan(training.global_batch_size, training.micro_batch_size, ranks.rank, self.engine.world)
 
     def _rows(self, shards: TokenShards, data: Data) -> Rows:
         framing = framing_for(self.tokenizer, self.causal, data.sequence_length)

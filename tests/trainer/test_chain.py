@@ -179,6 +179,10 @@ def test_preview_says_what_would_run_and_why(ran, recipe):
         "distill: would run if pretrain gives another result than before",
         "report: would run",
     ]
+    (recipe().stage_dir("pretrain") / "checkpoints" / "step-00000002").mkdir(parents=True)
+    said = list(chain.preview(recipe(pretrain={"max_steps": 13})))[1]
+    assert said.startswith("pretrain: would run: other recipe than before; it goes on from ") and "at step 0" in said
+    shutil.rmtree(recipe().stage_dir("pretrain") / "checkpoints")
     (recipe().model_dir("pretrain") / "artifact.json").unlink()
     assert list(chain.preview(recipe()))[1] == "pretrain: would run: pretrain/model is not there"
     assert list(chain.preview(recipe()))[2] == "distill: would run: other inputs than before"
