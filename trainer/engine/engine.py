@@ -118,7 +118,7 @@ class Engine:
         if not self.unwrapped.training:  # after an evaluation; walking through all modules is not free
             self.model.train()
 
-    def autocast(self) -> contextlib.AbstractContextManager[None]:
+    def autocast(self) -> contextlib.AbstractContextManager[object]:
         """The precision in which forward passes run."""
         return self._strategy.autocast()
 

@@ -38,7 +38,7 @@ class Strategy(Protocol):
         optimizer."""
         ...
 
-    def autocast(self) -> contextlib.AbstractContextManager[None]:
+    def autocast(self) -> contextlib.AbstractContextManager[object]:
         """The precision in which forward passes run."""
         ...
 

@@ -92,7 +92,7 @@ class Zero:
             torch.distributed.broadcast(buffer.data, 0)
         zero.Init(config_dict_or_path=config, dtype=dtype)._convert_to_zero_parameters(on_device())
 
-    def autocast(self) -> contextlib.AbstractContextManager[None]:
+    def autocast(self) -> contextlib.AbstractContextManager[object]:
         """DeepSpeed casts in its own forward; evaluation goes past it, and would be in float32."""
         if not self._engine.torch_autocast_enabled():
             return contextlib.nullcontext()
