@@ -26,6 +26,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.initialization import no_init_weights
 
 from trainer.attention import Kernel, packed_inputs, position_offset
 from trainer.config import Model
@@ -85,19 +86,25 @@ def is_causal(model: PreTrainedModel) -> bool:
 
 
 def build(
-    model: Model, tokenizer: PreTrainedTokenizerBase, causal: bool, sequence_length: int, seed: int
+    model: Model,
+    tokenizer: PreTrainedTokenizerBase,
+    causal: bool,
+    sequence_length: int,
+    seed: int,
+    blank: bool = False,
 ) -> PreTrainedModel:
     """A new model from `model.architecture` and `model.config`, or one loaded from `model.init_from`.
 
-    Weights are drawn from `seed`. UserError for an unknown architecture or key, or one that contradicts the tokenizer.
+    Weights are drawn from `seed`; those of a `blank` model are neither drawn nor loaded, and take no memory before
+    they are written. UserError for an unknown architecture or key, or one that contradicts the tokenizer.
     """
     if model.init_from is not None:
-        loaded = load_model(model.init_from, causal)
+        loaded = load_model(model.init_from, causal, blank)
         require_same_vocabulary(model.init_from, loaded, tokenizer)
         require_length(loaded.config, sequence_length, str(model.init_from))
         return loaded
     assert model.architecture is not None
-    return from_config(make_config(model.architecture, model.config, tokenizer, sequence_length), causal, seed)
+    return from_config(make_config(model.architecture, model.config, tokenizer, sequence_length), causal, seed, blank)
 
 
 def make_config(
@@ -134,8 +141,8 @@ def make_config(
     return config
 
 
-def from_config(config: PretrainedConfig, causal: bool, seed: int) -> PreTrainedModel:
-    """A model with fresh weights drawn from `seed`."""
+def from_config(config: PretrainedConfig, causal: bool, seed: int, blank: bool = False) -> PreTrainedModel:
+    """A model with fresh weights drawn from `seed`, or with none (see `build`)."""
     mapping = MODEL_FOR_CAUSAL_LM_MAPPING if causal else MODEL_FOR_MASKED_LM_MAPPING
     if type(config) not in mapping:
         kind = "causal_lm" if causal else "masked_lm"
@@ -144,14 +151,24 @@ def from_config(config: PretrainedConfig, causal: bool, seed: int) -> PreTrained
         )
     torch.manual_seed(seed)
     auto = AutoModelForCausalLM if causal else AutoModelForMaskedLM
-    with refused(f"model.config of {config.model_type}", "values that this architecture takes with attention sdpa"):
-        return auto.from_config(config, attn_implementation="sdpa", dtype=torch.float32)
+    with (
+        refused(f"model.config of {config.model_type}", "values that this architecture takes with attention sdpa"),
+        no_init_weights() if blank else contextlib.nullcontext(),
+    ):
+        model = auto.from_config(config, attn_implementation="sdpa", dtype=torch.float32)
+    if blank:
+        model.tie_weights()  # which is left out with the rest of init_weights
+    return model
 
 
-def load_model(folder: Path, causal: bool) -> PreTrainedModel:
-    """A model folder's language model in float32, never looked for anywhere but on disk."""
+def load_model(folder: Path, causal: bool, blank: bool = False) -> PreTrainedModel:
+    """A model folder's language model in float32, never looked for anywhere but on disk; or only its like (`build`)."""
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder} holds no model", "a folder with config.json and model.safetensors", "check the path")
+    if blank:
+        with refused(str(folder), "a whole config.json"):
+            config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        return from_config(config, causal, seed=0, blank=True)
     auto = AutoModelForCausalLM if causal else AutoModelForMaskedLM
     options = {"local_files_only": True, "use_safetensors": True, "attn_implementation": "sdpa", "dtype": torch.float32}
     with refused(str(folder), "a model folder with whole safetensors, of an architecture that has attention sdpa"):

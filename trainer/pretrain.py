@@ -15,7 +15,8 @@ def run(recipe: Recipe) -> None:
     assert recipe.pretrain is not None
     stage = recipe.pretrain
     session = Session(recipe, "pretrain", stage, stage.objective, stage.data)
-    model = build(stage.model, session.tokenizer, session.causal, stage.longest_row, recipe.seed)
+    blank = session.engine.is_given_weights
+    model = build(stage.model, session.tokenizer, session.causal, stage.longest_row, recipe.seed, blank)
     parents = {"init_from": stage.model.init_from} if stage.model.init_from else {}
     session.train(model, language_model, parents)
 

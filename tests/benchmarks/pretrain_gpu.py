@@ -38,7 +38,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from export.bench import describe_machine
-from export.windows import SystemClock
+from export.windows import MIN_CPU_SHARE, SystemClock
 from trainer.artifact import versions, write_json
 from trainer.config import Recipe
 from trainer.data.stream import Batch
@@ -331,6 +331,8 @@ def take_turns(
 
 def summarize(seen: list[dict[str, float]], flops_per_token: float, datasheet_flops: float | None) -> dict[str, Any]:
     """Medians over the rounds, MFU of them, and ours to each of the others round by round."""
+    if not seen:
+        return {"tokens_per_s": {}}
     there = [side for side in SIDES if all(side in one for one in seen)]
     tokens_per_s = {side: statistics.median(one[side] for one in seen) for side in there}
     measured_flops = statistics.median(one["matmul_flops"] for one in seen)
@@ -345,8 +347,10 @@ def summarize(seen: list[dict[str, float]], flops_per_token: float, datasheet_fl
     return result
 
 
-def compare(folder: Path, size: Size, rounds: int, micro_batch: int | None, compiled: bool, width: int) -> dict:
-    """Measure one model; the micro-batch is found first, unless it is given."""
+def compare(folder: Path, size: Size, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Measure one model; the micro-batch is found first, unless it is given. Rounds in which the process did not get
+    the CPU time that it wanted do not count, but for a smoke test, whose figures mean nothing."""
+    micro_batch, compiled = arguments.micro_batch, arguments.compile
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     made = recipe(folder, size, size.micro_batches[-1], compiled)
     prepare(made)
@@ -366,13 +370,15 @@ def compare(folder: Path, size: Size, rounds: int, micro_batch: int | None, comp
         "bare": lambda: Bare(fresh(), rows, size, compiled),
         "trainer": lambda: Theirs(fresh(), rows, size, compiled, folder / "trainer"),
     }
-    seen, failed = take_turns(making, rounds, device, width)
+    seen, failed = take_turns(making, arguments.rounds, device, 128 if arguments.smoke else MATRIX)
+    counted = [one for one in seen if arguments.smoke or one["cpu_share"] >= MIN_CPU_SHARE]
     tokens = sum(batch.num_tokens for batch in batches)
     flops_per_token = flops.of(tokens, sum(batch.num_targets for batch in batches)) / tokens
     sheet = peak_flops(torch.cuda.get_device_name(device), "bf16") if device.type == "cuda" else None
     about = {"micro_batch": micro_batch, "sequence_length": size.sequence_length, "flops_per_token": flops_per_token,
-             "warm_steps": size.warm_steps, "counted_steps": size.counted_steps, "failed": failed}  # fmt: skip
-    return about | summarize(seen, flops_per_token, sheet) | {"rounds": seen}
+             "warm_steps": size.warm_steps, "counted_steps": size.counted_steps, "failed": failed,
+             "rounds_counted": len(counted)}  # fmt: skip
+    return about | summarize(counted, flops_per_token, sheet) | {"rounds": seen}
 
 
 def measure(sizes: dict[str, Size], arguments: argparse.Namespace) -> dict[str, Any]:
@@ -387,11 +393,8 @@ def measure(sizes: dict[str, Size], arguments: argparse.Namespace) -> dict[str, 
         "results": {},
     }
     for name in arguments.model:
-        width = 128 if arguments.smoke else MATRIX
         with tempfile.TemporaryDirectory() as scratch:
-            report["results"][name] = compare(
-                Path(scratch), sizes[name], arguments.rounds, arguments.micro_batch, arguments.compile, width
-            )
+            report["results"][name] = compare(Path(scratch), sizes[name], arguments)
         if arguments.out:
             write_json(arguments.out, report)
     return report

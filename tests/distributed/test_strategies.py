@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from trainer.__main__ import main
+from trainer.engine.zero import load_zero
 from trainer.recipe_file import load_recipe
 
 FORKED = Path(__file__).with_name("forked.py")
@@ -131,6 +132,32 @@ def test_a_checkpoint_is_taken_up_by_any_strategy_and_number_of_ranks(recipe, tm
     for path in paths:
         assert [row["step"] for row in rows(path, "resume")] == [10]
         assert_alike(path, reference, 2e-4)
+
+
+def test_without_zero_deepspeed_evaluates_in_the_precision_that_it_trains_in(recipe, tmp_path):
+    """bf16 by autocast: before the first step the same loss as that of the plain loop, to the bit, not float32's."""
+    cases = {"bf16": ("bf16", []), "zero0": ("bf16", STRATEGIES["zero0"]), "fp32": ("fp32", STRATEGIES["zero0"])}
+    settings = {"micro_batch_size": 8, "max_steps": 3}
+    paths = {name: recipe(name, precision=precision, **settings) for name, (precision, _) in cases.items()}
+    attempts = [{"ranks": 1, "arguments": ["pretrain", str(paths[name]), *cases[name][1]]} for name in cases]
+    codes, said = run_forked(tmp_path, attempts)
+    assert codes == [[0]] * 3, said[-3000:]
+    first = {name: rows(path, "eval")[0]["loss"] for name, path in paths.items()}
+    assert first["zero0"] == first["bf16"] != first["fp32"]
+
+
+def test_a_second_partition_within_each_node_trains_alike_and_is_resumed(recipe, tmp_path):
+    """ZeRO++'s hierarchical partition on four ranks, as if on two nodes of two: against one process, never stopped."""
+    config = load_zero("zero3")
+    config["zero_optimization"]["zero_hpz_partition_size"] = 2
+    (tmp_path / "hpz.json").write_text(json.dumps(config))
+    reference, path = recipe("reference", micro_batch_size=8), recipe("hpz")
+    assert main(["pretrain", str(reference)]) == 0
+    attempt = {"ranks": 4, "arguments": ["pretrain", str(path), f"pretrain.engine.zero={tmp_path / 'hpz.json'}"]}
+    codes, said = run_forked(tmp_path, [attempt | {"stop_before_step": 10}, attempt])
+    assert codes == [[75] * 4, [0] * 4], said[-3000:]
+    assert [row["step"] for row in rows(path, "resume")] == [10]
+    assert_alike(path, reference, 2e-4)
 
 
 def offloads(tmp_path):

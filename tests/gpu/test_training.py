@@ -26,9 +26,9 @@ RUN_WITH = Path(__file__).with_name("run_with.py")
 ROOT = Path(__file__).parents[2]
 STEPS = 10
 ZERO = ("zero1", "zero2", "zero3")
-# Relative, of losses, norms and weights over 10 steps. fp32: as two gloo ranks agree. bf16: numbers have 8 bits; seen
-# on a CPU, where the weights' rounding under ZeRO moved losses by BF16_SEEN.
-FP32, BF16 = 2e-4, 2e-2
+# Relative, over 10 steps. fp32: losses, norms and weights, as two gloo ranks agree. bf16: losses; on a CPU those of all
+# three stages lay within 1e-4 of plain autocast, and kernels of a GPU round in other orders.
+FP32, BF16 = 2e-4, 5e-3
 
 
 def train(*runs, planted=()):

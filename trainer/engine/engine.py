@@ -88,6 +88,12 @@ class Engine:
         return self.strategy_name == "fsdp2" or (self.zero is not None and self.zero.stage > 0)
 
     @property
+    def is_given_weights(self) -> bool:
+        """Whether `prepare` gives this rank the weights of rank 0's model, piece by piece, whatever its own holds."""
+        cut = self.strategy_name == "fsdp2" or (self.zero is not None and self.zero.cuts_weights)
+        return cut and not self.is_main
+
+    @property
     def offloads_optimizer(self) -> bool:
         """Whether the optimizer's work is done by the CPU beside a GPU."""
         return self.zero is not None and self.zero.offload_optimizer != "none"
@@ -112,7 +118,7 @@ class Engine:
         if not self.unwrapped.training:  # after an evaluation; walking through all modules is not free
             self.model.train()
 
-    def autocast(self) -> contextlib.AbstractContextManager[None]:
+    def autocast(self) -> contextlib.AbstractContextManager[object]:
         """The precision in which forward passes run."""
         return self._strategy.autocast()
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -33,12 +34,18 @@ class FullyShardedDataParallel:
 
     def prepare(self, model: nn.Module, build: BuildOptimizer) -> None:
         mesh = init_device_mesh(self._device.type, (self._world,))
-        model.to(self._device)
-        for block in transformer_layers(model):
-            fully_shard(block, mesh=mesh, mp_policy=self._policy)
-        fully_shard(model, mesh=mesh, mp_policy=self._policy)
+        for part in (*transformer_layers(model), model):  # one after another, so that no rank needs room for all
+            self._take_from_rank_0(part)
+            fully_shard(part, mesh=mesh, mp_policy=self._policy)
         self.model = self.module = model
         self.optimizer = build(model)
+
+    def _take_from_rank_0(self, part: nn.Module) -> None:
+        """Whole parameters and buffers of a part, on the device."""
+        for tensor in (*part.parameters(), *part.buffers()):
+            if not isinstance(tensor, DTensor):
+                tensor.data = tensor.data.to(self._device)
+                dist.broadcast(tensor.data, 0)
 
     def autocast(self) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext()  # the policy casts what each block gets

@@ -34,10 +34,11 @@ class Strategy(Protocol):
         ...
 
     def prepare(self, model: nn.Module, build: BuildOptimizer) -> None:
-        """Take the model (float32, on the host, equal on all ranks) and make its optimizer."""
+        """Take the model (float32, on the host, equal on all ranks but as in `Engine.is_given_weights`), and make its
+        optimizer."""
         ...
 
-    def autocast(self) -> contextlib.AbstractContextManager[None]:
+    def autocast(self) -> contextlib.AbstractContextManager[object]:
         """The precision in which forward passes run."""
         ...
 

@@ -59,6 +59,11 @@ class ZeroConfig:
     offload_param: str
     config: dict[str, Any]  # what DeepSpeed gets
 
+    @property
+    def cuts_weights(self) -> bool:
+        """Whether our strategy cuts parameters up, one by one; where they are offloaded DeepSpeed does."""
+        return self.stage == 3 and self.offload_param == "none"
+
 
 # ---- which config ----------------------------------------------------------------------------------------------
 

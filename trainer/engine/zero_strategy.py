@@ -56,8 +56,13 @@ class Zero:
 
     def prepare(self, model: nn.Module, build: BuildOptimizer) -> None:
         self.module = model
-        model.to(self._accelerator.device)
-        self.model, _ = self._accelerator.prepare(model, build(model))
+        if self._zero.cuts_weights:
+            optimizer = build(model)  # before the cut, after which a parameter shows no shape
+            self._cut(model)
+        else:
+            model.to(self._accelerator.device)
+            optimizer = build(model)
+        self.model, _ = self._accelerator.prepare(model, optimizer)
         self._engine: Any = self.model
         self._wrapper: Any = self._engine.optimizer
         if self._zero.stage:
@@ -69,8 +74,29 @@ class Zero:
         if isinstance(self.optimizer, Lamb) and self._zero.stage:
             self.optimizer.shard(self._segments(), self._sum)
 
-    def autocast(self) -> contextlib.AbstractContextManager[None]:
-        return contextlib.nullcontext()  # DeepSpeed casts by itself, as its configuration says
+    def _cut(self, model: nn.Module) -> None:
+        """Stage 3: each parameter comes to the device from rank 0, and is cut there, before the next one does."""
+        from deepspeed import zero  # slow to import
+
+        config, device = self._zero.config, self._accelerator.device
+        halves = (("bf16", torch.bfloat16), ("fp16", torch.float16))
+        dtype = next((half for name, half in halves if config[name]["enabled"]), torch.float32)
+
+        def on_device() -> Iterator[nn.Parameter]:
+            for parameter in model.parameters():
+                parameter.data = parameter.data.to(device, dtype)
+                yield parameter
+
+        for buffer in model.buffers():
+            buffer.data = buffer.data.to(device)
+            torch.distributed.broadcast(buffer.data, 0)
+        zero.Init(config_dict_or_path=config, dtype=dtype)._convert_to_zero_parameters(on_device())
+
+    def autocast(self) -> contextlib.AbstractContextManager[object]:
+        """DeepSpeed casts in its own forward; evaluation goes past it, and would be in float32."""
+        if not self._engine.torch_autocast_enabled():
+            return contextlib.nullcontext()
+        return torch.autocast(self._accelerator.device.type, self._engine.torch_autocast_dtype())
 
     def backward(self, loss: Tensor, last: bool) -> None:
         self._engine.set_gradient_accumulation_boundary(last)
@@ -88,15 +114,22 @@ class Zero:
     def _step_whole(self) -> StepResult:
         """Stage 0: gradients are whole and summed; DeepSpeed itself would not look at them."""
         gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
-        grad_norm = float(nn.utils.get_total_norm(gradients))
-        if math.isfinite(grad_norm):
+        grad_norm = float(nn.utils.get_total_norm(gradients)) / (self.loss_scale() or 1.0)
+        if math.isfinite(grad_norm) or self._whole_scaler is not None:  # a scaler skips by itself, and learns from it
             self._engine.step()
         else:
             self._engine.zero_grad()
         return StepResult(grad_norm, math.isfinite(grad_norm))
 
     def loss_scale(self) -> float | None:
+        if self._whole_scaler is not None:
+            return self._whole_scaler.get_scale()
         return float(self._wrapper.loss_scale) if self._engine.fp16_enabled() else None
+
+    @property
+    def _whole_scaler(self) -> torch.amp.GradScaler | None:  # pyright: ignore[reportPrivateImportUsage]
+        """fp16 at stage 0: torch's loss scaler, which DeepSpeed then has beside its optimizer."""
+        return self._engine.torch_autocast_z0_gradscaler
 
     def fragments(self) -> list[Fragment]:
         rank, world = self._accelerator.process_index, self._accelerator.num_processes
@@ -186,8 +219,12 @@ class Zero:
 
     def restored(self, updates: int, scaler: Mapping[str, Any]) -> None:
         set_updates(self.optimizer, updates)
-        for name, value in scaler.items():
-            setattr(self._wrapper.loss_scaler, name, value)
+        if self._whole_scaler is not None:
+            if "scale" in scaler:  # else of a strategy whose scaler is another
+                self._whole_scaler.load_state_dict(dict(scaler))
+        elif self._engine.fp16_enabled():
+            for name, value in scaler.items():
+                setattr(self._wrapper.loss_scaler, name, value)
         if self._zero.stage == 3:
             self._refresh_parameters()
         elif self._zero.stage:
@@ -203,11 +240,16 @@ class Zero:
             wrapper._reassign_or_swap_out_partitioned_parameters(number)
             if swapped:
                 wrapper._optimizer_states_and_gradient_swap_out(number)
-        if wrapper.persistent_parameters:  # kept whole on every rank, so they have to be gathered anew
-            wrapper.persistent_parameters[0].partition(wrapper.persistent_parameters)
-            wrapper.persistent_parameters[0].all_gather(wrapper.persistent_parameters)
+        kept_whole = wrapper.persistent_parameters  # on every rank, so they have to be gathered anew
+        if kept_whole:
+            kept_whole[0].partition(kept_whole)
+        wrapper.invalidate_secondary_tensor()  # ZeRO++'s copies within a node, of what the parameters were
+        if kept_whole:
+            kept_whole[0].all_gather(kept_whole)
 
     def scaler_state(self) -> dict[str, Any]:
+        if self._whole_scaler is not None:
+            return self._whole_scaler.state_dict()
         if not self._engine.fp16_enabled():
             return {}
         return {name: getattr(self._wrapper.loss_scaler, name) for name in _SCALER}
