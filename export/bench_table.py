@@ -78,8 +78,8 @@ def describe_noise(noise: dict[str, Any]) -> str:
     """What smaller differences than the noise mean, in one sentence."""
     if noise["relative"] is None:
         return f"noise unknown ({noise['reason']}): rows are not ranked"
-    return (f"{noise['model']} {noise['backend']}, measured twice, differed by up to {noise['relative']:.1%}: "
-            "rows that differ by less are not ranked")  # fmt: skip
+    return (f"{noise['model']} {noise['backend']}, measured twice, differed by up to {noise['relative']:.1%} "
+            f"at {len(noise['shapes'])} shapes: rows that differ by less are not ranked")  # fmt: skip
 
 
 def _shape(row: dict[str, Any]) -> str:

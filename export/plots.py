@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, MaxNLocator
+from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from export.noise import difference
 from export.results import (
@@ -166,6 +166,9 @@ def load(found: Results) -> Figure | None:
     axes.axhline(limit_ms, color=_INK, linewidth=0.9, linestyle=":", label=f"limit, {limit_ms:g} ms")
     _finish(axes, "Open-loop load", "requests/s, arriving at random", "99th percentile of the wait, ms")
     axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter(NullFormatter())
     axes.set_xlim(left=0)
     axes.legend(frameon=False, fontsize=8)
     return figure
