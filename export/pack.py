@@ -28,7 +28,7 @@ from export.triton_config import (
 )
 from export.triton_engines import verified_engines
 from export.triton_image import RELEASE, triton_image
-from export.verified import Subject, Verified, subjects
+from export.verified import Subject, Verified, require_unchanged, subjects
 from trainer.__main__ import stage_main
 from trainer.artifact import staging, versions, write_artifact
 from trainer.config import Recipe
@@ -65,8 +65,8 @@ def run(recipe: Recipe) -> None:
         pack_model(recipe, recipe.pack, subject)
 
 
-def choose_variant(subject: Subject, wanted: str) -> Verified:
-    """The variant that is served: the one that is named, or the smallest."""
+def choose_variant(subject: Subject, wanted: str, device: str) -> Verified:
+    """The variant that is served: the one that is named, or the smallest that the device has operators for."""
     if wanted != "auto":
         if wanted not in subject.variants:
             raise UserError(
@@ -75,7 +75,10 @@ def choose_variant(subject: Subject, wanted: str) -> Verified:
                 "add it to export.variants and export again, or pack another",
             )
         return subject.variants[wanted]
-    return min(subject.variants.values(), key=lambda one: one.size_bytes)
+    runs = [one for one in subject.variants.values() if device == "gpu" or one.variant != "bf16"]
+    if not runs:
+        raise UserError(f"{subject.folder} has bf16 alone, which the CPU does not run", "another", "pack.device: gpu")
+    return min(runs, key=lambda one: one.size_bytes)
 
 
 def pack_model(recipe: Recipe, settings: Pack, subject: Subject) -> Path:
@@ -83,7 +86,7 @@ def pack_model(recipe: Recipe, settings: Pack, subject: Subject) -> Path:
     spec, names = subject.spec, Names(subject.name)
     if spec.task not in ANSWERED_TASKS:
         raise UserError(f"{subject.name} is a {spec.task} model", f"one of {', '.join(ANSWERED_TASKS)} to answer texts")
-    served = choose_variant(subject, settings.variant)
+    served = choose_variant(subject, settings.variant, settings.device)
     engines = None
     if settings.backend == "tensorrt":
         engines = verified_engines(recipe.stage_dir("tensorrt") / subject.name, subject, served.variant, settings)
@@ -102,6 +105,7 @@ def pack_model(recipe: Recipe, settings: Pack, subject: Subject) -> Path:
         tokenizer = _open_tokenizer(subject.folder)
         write_repository(partial / "models", subject, served, settings, tokenizer, engines)
         hub_files = write_hub(partial / "hub", subject)
+        require_unchanged(subject)
         write_companions(partial, names, about, hub_files, _example(spec, tokenizer), target, engines)
         write_artifact(
             partial,

@@ -81,3 +81,9 @@ def verified_variants(exported: Path, record: Mapping[str, Any]) -> Iterator[Ver
             raise GateFailed(f"{file} is not the file that passed parity", "the file itself", "export it again")
         check_graph(file)
         yield Verified(variant, file, proof)
+
+
+def require_unchanged(subject: Subject) -> None:
+    """GateFailed if an export changed since it was examined: what was copied meanwhile may be of either."""
+    if hash_tree(subject.folder) != subject.record["content_sha256"]:
+        raise GateFailed(f"{subject.folder} changed meanwhile", "an export that stays as it is", "try again")

@@ -39,7 +39,9 @@ def run(recipe: Recipe, what: str, bisect: bool = False) -> None:
     path = recipe.run_dir / "verify" / f"{what}.json"
     write_json(path, {"what": f"verify {what}", "command": launch_command(), "rows": rows})
     failed = [row for row in rows if not row["passed"]]
-    print(f"verify {what}: {len(rows) - len(failed)} of {len(rows)} forms passed; {path}")
+    anew = sum(not row["exported"] for row in rows)
+    made = f" ({anew} made anew, as they are not exported)" if anew else ""
+    print(f"verify {what}: {len(rows) - len(failed)} of {len(rows)} forms passed{made}; {path}")
     if failed:
         raise GateFailed("\n  ".join([f"{what}: {len(failed)} forms fail", *(row["found"] for row in failed)]))
 

@@ -54,7 +54,9 @@ class TritonPythonModel:
             for candidate in candidates:
                 filled_T = ids_T.copy()
                 filled_T[place] = candidate["token"]
-                candidate["sequence"] = self.tokenizer.decode(filled_T[mask_T].tolist())
+                # As the pipeline: of several, the other mask tokens stay to be seen.
+                alone = len(places) == 1
+                candidate["sequence"] = self.tokenizer.decode(filled_T[mask_T].tolist(), skip_special_tokens=alone)
             answers.append(candidates)
         return answers
 

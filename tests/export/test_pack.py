@@ -236,6 +236,17 @@ def test_what_was_not_verified_is_not_packed(recipe, tmp_path):
         assert [path.name for path in (tmp_path / "pack").iterdir()] == ["bert"]
 
 
+def test_an_export_that_changes_while_it_is_packed_is_not_packed(recipe, tmp_path, monkeypatch):
+    def changes(partial, subject):
+        (subject.folder / "model.onnx").write_bytes(b"another")
+        return []
+
+    monkeypatch.setattr(pack, "write_hub", changes)
+    with pytest.raises(GateFailed, match="bert changed meanwhile"):
+        pack.run(recipe("bert"))
+    assert list((tmp_path / "pack").iterdir()) == []
+
+
 def test_a_failure_in_the_middle_leaves_nothing(recipe, tmp_path, monkeypatch):
     one = recipe("bert")
 
