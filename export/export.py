@@ -43,7 +43,7 @@ def run(recipe: Recipe) -> None:
     specs = {name: read_spec(folder) for name, folder in models.items()}
     for name, spec in specs.items():  # refuse before the first model is worked on
         check_variants(name, spec, recipe.export)
-    _check_quality(recipe.export, specs)
+    check_quality_gates(recipe.export, specs)
     for name, folder in models.items():
         try:
             export_model(recipe, recipe.export, name, folder, load_documents(recipe, folder))
@@ -52,7 +52,7 @@ def run(recipe: Recipe) -> None:
             raise GateFailed(str(failure), do=search) from None
 
 
-def _check_quality(settings: Export, specs: Mapping[str, IoSpec]) -> None:
+def check_quality_gates(settings: Export, specs: Mapping[str, IoSpec]) -> None:
     """Say which models have no gate on their quality; UserError for labelled text that no model is for."""
     if settings.quality is None:
         return

@@ -163,16 +163,22 @@ def test_rows_that_do_not_fit_are_named(graded, tmp_path):
 
 
 def test_the_stage_gates_on_them_and_says_where_nothing_does(graded, model_folder, capsys, tmp_path):
-    _, path, section = graded
+    folder, path, section = graded
     recipe = Recipe.model_validate({"run_dir": tmp_path / "run", "export": section})
     before = stage_key(recipe, "export")
     stage.run(recipe)
     assert "accuracy 1, 100.00% of the source's quality" in capsys.readouterr().out
     path.write_text(path.read_text().replace("return", "Point", 1))
     assert stage_key(recipe, "export")["inputs"] != before["inputs"]  # other rows, and the stage runs again
-    stage.run(Recipe.model_validate({"run_dir": tmp_path / "run", "export": section | {"quality": {}}}))
+    specs = {
+        "m": read_spec(folder),
+        "f": read_spec(model_folder("bert_features")),
+        "l": read_spec(model_folder("bert")),
+    }
+    stage.check_quality_gates(Export.model_validate(section | {"quality": {}}), specs)
     said = capsys.readouterr().out
     assert "m: export.quality.labelled is not given: a form of a classification model is held by parity" in said
+    assert "f: nothing measures it: a form of a feature_extraction model" in said and "l: " not in said
     wrong = section | {"models": {"m": str(model_folder("bert"))}}
     with pytest.raises(UserError, match="labelled is given, and the models are of masked_lm"):
         stage.run(Recipe.model_validate({"run_dir": tmp_path / "run", "export": wrong}))
