@@ -3,6 +3,7 @@ Tracing, quantizing and comparing are done by the modules it wires together here
 """
 
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +12,15 @@ from rich.console import Console
 from export.cases import Documents, load_documents
 from export.files import data_file, size_mib
 from export.gates import Gates
-from export.io_spec import read_spec
+from export.io_spec import IoSpec, read_spec
 from export.runners import open_onnx, usable_threads
 from export.to_onnx import export_graph, load_model
-from export.variants import calibration_batches, check_variants, make_variant
+from export.variants import check_variants, make_variant
 from trainer.__main__ import stage_main
 from trainer.artifact import content_hash, staging, write_artifact
 from trainer.config import Recipe
 from trainer.errors import GateFailed, UserError
-from trainer.export_config import ONNX_FILES, Export
+from trainer.export_config import Export
 from trainer.recipe_file import recipe_hash, require_section
 
 # What a server needs beside the graph: everything of a transformers folder that is not weights or our own records.
@@ -50,23 +51,10 @@ def export_model(recipe: Recipe, settings: Export, name: str, folder: Path, docu
     `documents` are token ids of real text, which the parity gate runs on.
     """
     spec = read_spec(folder)
-    gates = Gates(folder, spec, settings, documents, recipe.seed)
-    batches = calibration_batches(documents, spec, settings.calibration)
+    gates = [Gates(folder, part, settings, documents, recipe.seed) for part in spec.parts]
     target = recipe.stage_dir("export") / name
-    evidence = []
     with staging(target) as partial:
-        raw = partial / ONNX_FILES["onnx_fp32"]
-        export_graph(load_model(folder, spec), spec, raw, settings.opset)
-        for variant in settings.variants:
-            file = partial / ONNX_FILES[f"onnx_{variant}"]
-            made = make_variant(variant, raw, file, batches, settings.calibration)
-            what = f"{name} {variant} ({file.name})"
-            passed = gates.check(what, variant, file, open_onnx(file, usable_threads(), settings.provider))
-            evidence += [proof | made for proof in passed]
-            _tell(what, file, passed)
-        if "fp32" not in settings.variants:
-            raw.unlink()
-            data_file(raw).unlink(missing_ok=True)
+        evidence = [proof for each in gates for proof in _export_graph(settings, name, folder, each, partial)]
         copy_companions(folder, partial)
         write_artifact(
             partial,
@@ -79,11 +67,36 @@ def export_model(recipe: Recipe, settings: Export, name: str, folder: Path, docu
                 "task": spec.task,
                 "inputs": [str(port) for port in spec.inputs],
                 "outputs": [str(port) for port in spec.outputs],
+                **_encoder_face(spec),
                 "opset": settings.opset,
                 "max_length": spec.max_length,
             },
         )
     return target
+
+
+def _export_graph(settings: Export, name: str, folder: Path, gates: Gates, partial: Path) -> Iterator[dict[str, Any]]:
+    """Write one graph of a model in all its forms; yields the evidence that they passed."""
+    spec = gates.spec
+    raw = partial / spec.file("fp32")
+    export_graph(load_model(folder, spec), spec, raw, settings.opset)
+    for variant in settings.variants:
+        file = partial / spec.file(variant)
+        made = make_variant(variant, raw, file, gates.calibration, settings.calibration)
+        what = f"{name} {variant} ({file.name})"
+        passed = gates.check(what, variant, file, open_onnx(file, usable_threads(), settings.provider))
+        _tell(what, file, passed)
+        yield from (proof | made for proof in passed)
+    if "fp32" not in settings.variants:
+        raw.unlink()
+        data_file(raw).unlink(missing_ok=True)
+
+
+def _encoder_face(spec: IoSpec) -> dict[str, list[str]]:
+    if spec.encoder is None:
+        return {}
+    ports = {"encoder_inputs": spec.encoder.inputs, "encoder_outputs": spec.encoder.outputs}
+    return {which: [str(port) for port in its] for which, its in ports.items()}
 
 
 def copy_companions(source: Path, target: Path) -> None:

@@ -7,28 +7,28 @@ from typing import Any
 
 from export.bench_inputs import METRICS, quality_batches
 from export.cache import cache_cases
-from export.cases import Documents, make_cases
+from export.cases import Documents, full_rows, make_cases
+from export.cross_cases import decoder_cases
 from export.files import hashes
 from export.io_spec import IoSpec
 from export.parity import check_parity
 from export.precision import check_overflow
-from export.runners import OnnxRunner, open_torch, usable_threads
+from export.runners import OnnxRunner, Runner, open_torch, open_torch_pair, usable_threads
 from export.scores import score
 from export.task_gate import check_quality
+from export.variants import calibration_batches
 from trainer.environment import launch_command
 from trainer.export_config import Export, Precision, Quality
 
+_UNPADDED = (2, 16)  # batch and length
+
 
 class Gates:
-    """The gates of one model folder."""
+    """The gates of one graph of a model folder."""
 
     def __init__(self, folder: Path, spec: IoSpec, settings: Export, documents: Documents, seed: int) -> None:
-        self.spec, self.settings = spec, settings
-        source = open_torch(folder, usable_threads())
-        longest = settings.parity.max_length
-        self.cases = make_cases(documents, spec, settings.parity.shapes, longest, seed)
-        if spec.cache is not None:
-            self.cases += cache_cases(documents, spec, source, longest, seed)
+        self.spec, self.settings, self.documents = spec, settings, documents
+        source = self._open(folder, documents, seed)
         self.expected = [source.run(case.inputs) for case in self.cases]
         self.metric = METRICS.get(spec.task) if settings.quality else None
         if self.metric:
@@ -36,9 +36,34 @@ class Gates:
             self.batches = self._quality_batches(folder, documents, settings.quality, seed)
             self.quality = score(source, self.batches, self.metric)
 
+    def _open(self, folder: Path, documents: Documents, seed: int) -> Runner:
+        """The source of this graph; finds the cases and the batches whose ranges `make_variant` wants, on the way."""
+        spec, longest = self.spec, self.settings.parity.max_length
+        if spec.encoder is not None:
+            pair = open_torch_pair(folder, usable_threads())
+            self.cases = decoder_cases(documents, spec, pair, longest, seed)
+            others = decoder_cases(documents[::-1], spec, pair, longest, seed + 1)
+            self.calibration = [case.inputs for case in others]
+            return pair.decoder
+        source = (
+            open_torch_pair(folder, usable_threads()).encoder if spec.cross else open_torch(folder, usable_threads())
+        )
+        self.calibration = calibration_batches(documents, spec, self.settings.calibration)
+        self.cases = make_cases(documents, spec, self.settings.parity.shapes, longest, seed)
+        if spec.cache is not None:
+            self.cases += cache_cases(documents, spec, source, longest, seed)
+        return source
+
     def _quality_batches(self, folder: Path, documents: Documents, wanted: Quality, seed: int) -> list[dict[str, Any]]:
         length = min(wanted.sequence_length, self.spec.max_length)
         return quality_batches(documents, self.spec, folder, length, wanted.sequences, seed)
+
+    def unpadded(self) -> dict[str, Any]:
+        """Inputs without padding, so that every position of every inner value counts."""
+        if self.spec.encoder is None:
+            return full_rows(self.documents, self.spec, *_UNPADDED).inputs
+        alone = [case for case in self.cases if len(case.inputs["input_ids"]) == 1 and case.past_tokens]
+        return alone[0].inputs
 
     def check(self, what: str, variant: Precision, file: Path, candidate: OnnxRunner) -> list[dict[str, Any]]:
         """Evidence that `candidate`, opened from `file`, passed; GateFailed at the first miss."""
@@ -51,4 +76,5 @@ class Gates:
             scores = score(candidate, self.batches, self.metric)
             found["quality"] = check_quality(what, self.quality, scores, self.settings.quality.share)
         head = {**hashes(file), "command": launch_command()}
-        return [{"what": f"{gate}_{variant}", **head, **passed} for gate, passed in found.items()]
+        of = "encoder_" if self.spec.cross and not self.spec.encoder else ""
+        return [{"what": f"{of}{gate}_{variant}", **head, **passed} for gate, passed in found.items()]

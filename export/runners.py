@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 import psutil
 
-from export.io_spec import Port, read_spec
+from export.io_spec import IoSpec, Port, read_spec
 from trainer.errors import UserError
 from trainer.export_config import ONNX_FILES, Backend
 
@@ -58,6 +58,14 @@ class TorchRunner:
         return {name: value.numpy() for name, value in zip(self.output_names, values, strict=True)}
 
 
+@dataclass(frozen=True)
+class Pair:
+    """The two graphs of an encoder-decoder, each with a face of its own."""
+
+    encoder: Runner
+    decoder: Runner
+
+
 def open_runner(folder: Path, backend: Backend, threads: int) -> Runner:
     """A runner for `folder` (a model folder for eager and compile, an export folder for the others).
 
@@ -92,15 +100,34 @@ def open_onnx(path: Path, threads: int, provider: str = "CPUExecutionProvider") 
 
 
 def open_torch(folder: Path, threads: int, compiled: bool = False) -> TorchRunner:
-    """A model folder in PyTorch on the CPU; compiled: by inductor, once for all shapes. Sets torch's thread count."""
+    """A model folder in PyTorch on the CPU; compiled: by inductor, once for all shapes. Sets torch's thread count.
+
+    Of an encoder-decoder it is the decoder, as `read_spec` gives its face.
+    """
     import torch
 
-    from export.to_onnx import Traceable, load_model
+    from export.to_onnx import load_model
 
     torch.set_num_threads(threads)
     spec = read_spec(folder)
-    model: Any = Traceable(load_model(folder, spec), spec).eval()
-    call = torch.compile(model, dynamic=True) if compiled else model
+    return torch_runner(load_model(folder, spec), spec, compiled)
+
+
+def open_torch_pair(folder: Path, threads: int) -> Pair:
+    """An encoder-decoder's folder in PyTorch on the CPU, its weights loaded once."""
+    spec, decoder = read_spec(folder), open_torch(folder, threads)
+    assert spec.encoder is not None
+    return Pair(torch_runner(decoder.call.model, spec.encoder), decoder)  # type: ignore[attr-defined] - a Traceable
+
+
+def torch_runner(model: Any, spec: IoSpec, compiled: bool = False) -> TorchRunner:
+    """A loaded model with the face of `spec`."""
+    import torch
+
+    from export.to_onnx import Traceable
+
+    traceable: Any = Traceable(model, spec).eval()
+    call = torch.compile(traceable, dynamic=True) if compiled else traceable
     return TorchRunner(call, tuple(port.name for port in spec.inputs), tuple(port.name for port in spec.outputs))
 
 
