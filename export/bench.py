@@ -112,6 +112,8 @@ def run(recipe: Recipe) -> None:
 def prepare_subject(recipe: Recipe, settings: Bench, name: str, model: Path, scratch: Path) -> Subject:
     """Check one model and write the arrays it is measured on; UserError for a length that it cannot take."""
     spec = read_spec(model)
+    if spec.encoder is not None:
+        raise UserError(f"{name} is a {spec.architecture}", "a model of one graph to measure", "leave bench out for it")
     longest = max(settings.sequence_lengths)
     _check_lengths(settings, spec, name)
     documents = load_documents(recipe, model)

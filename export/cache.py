@@ -4,7 +4,6 @@ What a case may differ from its source, and everything without a cache, is left 
 Shape letters: B batch, T new tokens, P past tokens, S tokens of the prompt.
 """
 
-from collections.abc import Mapping
 from itertools import islice
 
 import numpy as np
@@ -40,15 +39,8 @@ def cache_cases(documents: Documents, spec: IoSpec, source: Runner, longest: int
 
 def past_of(source: Runner, spec: IoSpec, ids_BP: np.ndarray, mask: np.ndarray) -> dict[str, np.ndarray]:
     """What `source` keeps of the first P tokens."""
-    outputs = source.run(spec.feeds(ids_BP, mask[:, : ids_BP.shape[1]]))
-    return next_past(spec, outputs)
-
-
-def next_past(spec: IoSpec, outputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """A step's present under the names that the next step takes it by."""
     assert spec.cache is not None
-    pairs = zip(spec.cache.past_names, spec.cache.present_names, strict=True)
-    return {past: outputs[present] for past, present in pairs}
+    return spec.cache.next_past(source.run(spec.feeds(ids_BP, mask[:, : ids_BP.shape[1]])))
 
 
 def stepped_case(documents: Documents, spec: IoSpec, random: np.random.Generator) -> Case:
@@ -63,14 +55,17 @@ def stepped_case(documents: Documents, spec: IoSpec, random: np.random.Generator
 
 def run_in_steps(runner: Runner, spec: IoSpec, case: Case) -> Arrays:
     """What a decoder gives for a case whose tokens come one by one after the prompt, as if they had come at once."""
-    assert case.steps_after is not None
-    ids_BT, mask_BT = case.inputs["input_ids"], case.mask
+    assert case.steps_after is not None and spec.cache is not None
+    ids_BT, encoded = case.inputs["input_ids"], case.inputs.get("encoder_attention_mask")
     ends = [case.steps_after, *range(case.steps_after + 1, ids_BT.shape[1] + 1)]
-    past, start, logits, outputs = None, 0, [], {}
+    past = {name: case.inputs[name] for name in spec.cross.past_names} if spec.cross else {}
+    start, logits, outputs = 0, [], {}
     for end in ends:
-        outputs = runner.run(spec.feeds(ids_BT[:, start:end], mask_BT[:, :end], past))
+        mask = case.mask[:, :end] if encoded is None else encoded
+        outputs = runner.run(spec.feeds(ids_BT[:, start:end], mask, past))
         logits.append(outputs["logits"])
-        past, start = next_past(spec, outputs), end
+        past |= spec.cache.next_past(outputs)
+        start = end
     return {**outputs, "logits": np.concatenate(logits, axis=1)}
 
 

@@ -30,10 +30,15 @@ class Case:
     name: str
     inputs: dict[str, np.ndarray]
     steps_after: int | None = None
+    past_tokens: int = 0
+    """Of a decoder with an encoder, whose own tokens have no mask: none of them is padding."""
 
     @property
     def mask(self) -> np.ndarray:
         """All that attention may see: bool [B, P + T]."""
+        if "attention_mask" not in self.inputs:
+            batch, length = self.inputs["input_ids"].shape
+            return np.ones((batch, self.past_tokens + length), dtype=bool)
         return self.inputs["attention_mask"].astype(bool)
 
     @property

@@ -18,12 +18,12 @@ from export.gates import Gates
 from export.io_spec import IoSpec, read_spec
 from export.runners import OnnxRunner, open_onnx, usable_threads
 from export.to_onnx import export_graph, load_model
-from export.variants import calibration_batches, check_variant, check_variants, make_variant
+from export.variants import check_variant, check_variants, make_variant
 from trainer.__main__ import stage_main
 from trainer.artifact import content_hash, staging, write_artifact
 from trainer.config import Recipe
 from trainer.errors import GateFailed, UserError
-from trainer.export_config import ONNX_FILES, Export, Precision
+from trainer.export_config import Export, Precision
 from trainer.recipe_file import recipe_hash, require_section
 
 # What a server needs beside the graph: everything of a transformers folder that is not weights or our own records.
@@ -76,34 +76,10 @@ def export_model(recipe: Recipe, settings: Export, name: str, folder: Path, docu
     `documents` are token ids of real text, which the parity gate runs on.
     """
     spec = read_spec(folder)
-    gates = Gates(folder, spec, settings, documents, recipe.seed)
-    batches = calibration_batches(documents, spec, settings.calibration)
+    gates = [Gates(folder, part, settings, documents, recipe.seed) for part in spec.parts]
     target = recipe.stage_dir("export") / name
     with staging(target) as partial:
-        raw = partial / ONNX_FILES["onnx_fp32"]
-        export_graph(load_model(folder, spec), spec, raw, settings.opset)
-
-        def make(variant: Precision) -> tuple[OnnxRunner, list[dict[str, Any]]]:
-            """A form in its file, opened, and the evidence that it passed the gates."""
-            file = partial / ONNX_FILES[f"onnx_{variant}"]
-            made = make_variant(variant, raw, file, batches, settings.calibration)
-            runner = open_onnx(file, usable_threads(), settings.provider)
-            return runner, [
-                proof | made for proof in gates.check(f"{name} {variant} ({file.name})", variant, file, runner)
-            ]
-
-        if settings.variants == "auto":
-            evidence = _choose_forms(name, spec, settings, documents, partial, make)
-        else:
-            evidence = []
-            for variant in settings.variants:
-                passed = make(variant)[1]
-                evidence += passed
-                _tell(f"{name} {variant}", partial / ONNX_FILES[f"onnx_{variant}"], passed)
-        kept = {proof["file"] for proof in evidence if "file" in proof}
-        for file in (partial / one for one in ONNX_FILES.values() if one not in kept):
-            file.unlink(missing_ok=True)
-            data_file(file).unlink(missing_ok=True)
+        evidence = [proof for each in gates for proof in _write_forms(settings, name, folder, each, partial)]
         copy_companions(folder, partial)
         write_artifact(
             partial,
@@ -116,11 +92,42 @@ def export_model(recipe: Recipe, settings: Export, name: str, folder: Path, docu
                 "task": spec.task,
                 "inputs": [str(port) for port in spec.inputs],
                 "outputs": [str(port) for port in spec.outputs],
+                **_encoder_face(spec),
                 "opset": settings.opset,
                 "max_length": spec.max_length,
             },
         )
     return target
+
+
+def _write_forms(settings: Export, name: str, folder: Path, gates: Gates, partial: Path) -> list[dict[str, Any]]:
+    """Write one graph of a model in its forms; returns the evidence that they passed."""
+    spec = gates.spec
+    raw = partial / spec.file("fp32")
+    export_graph(load_model(folder, spec), spec, raw, settings.opset)
+
+    def make(variant: Precision) -> tuple[OnnxRunner, list[dict[str, Any]]]:
+        """A form in its file, opened, and the evidence that it passed the gates."""
+        file = partial / spec.file(variant)
+        made = make_variant(variant, raw, file, gates.calibration, settings.calibration)
+        runner = open_onnx(file, usable_threads(), settings.provider)
+        return runner, [proof | made for proof in gates.check(f"{name} {variant} ({file.name})", variant, file, runner)]
+
+    if settings.variants == "auto":
+        evidence = _choose_forms(name, spec, settings, gates.documents, partial, make)
+    else:
+        evidence = []
+        for variant in settings.variants:
+            passed = make(variant)[1]
+            evidence += passed
+            file = partial / spec.file(variant)
+            _tell(f"{name} {variant}", file, passed)
+    kept = {proof["file"] for proof in evidence if "file" in proof}
+    for file in (partial / spec.file(variant) for variant in get_args(Precision)):
+        if file.name not in kept:
+            file.unlink(missing_ok=True)
+            data_file(file).unlink(missing_ok=True)
+    return evidence
 
 
 def _choose_forms(
@@ -133,12 +140,19 @@ def _choose_forms(
     def attempt(variant: Precision) -> Form:
         check_variant(name, spec, variant, settings.provider)
         runner, proofs[variant] = make(variant)
-        return measure_form(variant, proofs[variant], runner, inputs, size_mib(folder / ONNX_FILES[f"onnx_{variant}"]))
+        return measure_form(variant, proofs[variant], runner, inputs, size_mib(folder / spec.file(variant)))
 
     choice = choose(get_args(Precision), attempt)
     for variant, what in choice.became.items():
         Console(highlight=False).print(f"{name} {variant}: {what}", soft_wrap=True, markup=False)
     return [proof for variant in choice.kept for proof in proofs[variant]] + [choice.evidence(timed)]
+
+
+def _encoder_face(spec: IoSpec) -> dict[str, list[str]]:
+    if spec.encoder is None:
+        return {}
+    ports = {"encoder_inputs": spec.encoder.inputs, "encoder_outputs": spec.encoder.outputs}
+    return {which: [str(port) for port in its] for which, its in ports.items()}
 
 
 def copy_companions(source: Path, target: Path) -> None:

@@ -9,31 +9,49 @@ from typing import Any
 from export import labelled
 from export.bench_inputs import METRICS, quality_batches
 from export.cache import cache_cases
-from export.cases import Documents, make_cases
+from export.cases import Documents, full_rows, make_cases
+from export.cross_cases import decoder_cases
 from export.files import hashes
 from export.io_spec import IoSpec
 from export.parity import check_parity
 from export.precision import check_overflow
-from export.runners import OnnxRunner, Runner, open_torch, usable_threads
+from export.runners import OnnxRunner, Runner, open_torch, open_torch_pair, usable_threads
 from export.scores import Scores, score
 from export.task_gate import check_quality
+from export.variants import calibration_batches
 from trainer.environment import launch_command
 from trainer.export_config import Export, Precision
 
+_UNPADDED = (2, 16)  # batch and length
+
 
 class Gates:
-    """The gates of one model folder."""
+    """The gates of one graph of a model folder."""
 
     def __init__(self, folder: Path, spec: IoSpec, settings: Export, documents: Documents, seed: int) -> None:
-        self.spec, self.settings = spec, settings
-        source = open_torch(folder, usable_threads())
-        longest = settings.parity.max_length
-        self.cases = make_cases(documents, spec, settings.parity.shapes, longest, seed)
-        if spec.cache is not None:
-            self.cases += cache_cases(documents, spec, source, longest, seed)
+        self.spec, self.settings, self.documents = spec, settings, documents
+        source = self._open(folder, documents, seed)
         self.expected = [source.run(case.inputs) for case in self.cases]
         self.score = self._scorer(folder, documents, seed)
         self.quality = self.score(source) if self.score else None
+
+    def _open(self, folder: Path, documents: Documents, seed: int) -> Runner:
+        """The source of this graph; finds the cases and the batches whose ranges `make_variant` wants, on the way."""
+        spec, longest = self.spec, self.settings.parity.max_length
+        if spec.encoder is not None:
+            pair = open_torch_pair(folder, usable_threads())
+            self.cases = decoder_cases(documents, spec, pair, longest, seed)
+            others = decoder_cases(documents[::-1], spec, pair, longest, seed + 1)
+            self.calibration = [case.inputs for case in others]
+            return pair.decoder
+        source = (
+            open_torch_pair(folder, usable_threads()).encoder if spec.cross else open_torch(folder, usable_threads())
+        )
+        self.calibration = calibration_batches(documents, spec, self.settings.calibration)
+        self.cases = make_cases(documents, spec, self.settings.parity.shapes, longest, seed)
+        if spec.cache is not None:
+            self.cases += cache_cases(documents, spec, source, longest, seed)
+        return source
 
     def _scorer(self, folder: Path, documents: Documents, seed: int) -> Callable[[Runner], Scores] | None:
         """What measures the quality that must be kept; None for a head that has none without labelled text."""
@@ -48,6 +66,13 @@ class Gates:
         batches = quality_batches(documents, spec, folder, length, wanted.sequences, seed)
         return lambda runner: score(runner, batches, METRICS[spec.task])
 
+    def unpadded(self) -> dict[str, Any]:
+        """Inputs without padding, so that every position of every inner value counts."""
+        if self.spec.encoder is None:
+            return full_rows(self.documents, self.spec, *_UNPADDED).inputs
+        alone = [case for case in self.cases if len(case.inputs["input_ids"]) == 1 and case.past_tokens]
+        return alone[0].inputs
+
     def check(self, what: str, variant: Precision, file: Path, candidate: OnnxRunner) -> list[dict[str, Any]]:
         """Evidence that `candidate`, opened from `file`, passed; GateFailed at the first miss."""
         tolerance = getattr(self.settings.parity, variant)
@@ -58,4 +83,5 @@ class Gates:
             assert self.settings.quality is not None
             found["quality"] = check_quality(what, self.quality, self.score(candidate), self.settings.quality.share)
         head = {**hashes(file), "command": launch_command()}
-        return [{"what": f"{gate}_{variant}", **head, **passed} for gate, passed in found.items()]
+        of = "encoder_" if self.spec.cross and not self.spec.encoder else ""
+        return [{"what": f"{of}{gate}_{variant}", **head, **passed} for gate, passed in found.items()]

@@ -1,18 +1,18 @@
-"""Text token by token over any runner of a decoder: greedy or sampled, batches padded on the left, as a stream.
+"""Text token by token over any runner of a decoder, alone or with its encoder: greedy or sampled, in batches, as a
+stream.
 Turning text into tokens and back, and ending rows at a stop string, is `texts`' business.
 
 Shape letters: B batch, T tokens of one step, P tokens before it, V vocabulary.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
 
-from export.cache import next_past
 from export.io_spec import IoSpec
-from export.runners import OnnxRunner, Runner
+from export.runners import OnnxRunner, Pair, Runner
 from trainer.errors import UserError
 
 # Where ONNX Runtime keeps a session's cache; any other provider keeps it on the CPU.
@@ -32,6 +32,10 @@ class Sampling:
     """Only the fewest tokens that have this much probability together."""
     eos_token_ids: tuple[int, ...] = ()
     seed: int = 0
+    forced_bos_token_id: int | None = None
+    """The first token of every text of an encoder-decoder."""
+    forced_eos_token_id: int | None = None
+    """The last one of a text that comes to `max_new_tokens`."""
 
     def __post_init__(self) -> None:
         fine = self.max_new_tokens >= 1 and self.temperature >= 0 and self.top_k >= 0 and 0 < self.top_p <= 1
@@ -55,12 +59,14 @@ class CopyingDecoder:
 
     runner: Runner
     spec: IoSpec
+    encoded: Mapping[str, np.ndarray] = field(default_factory=dict)
+    """What every step attends to beside its past."""
 
     def advance(self, tokens: Mapping[str, np.ndarray], cache: Any | None) -> tuple[np.ndarray, Any]:
         assert self.spec.cache is not None
         past = self.spec.cache.empty(len(tokens["input_ids"])) if cache is None else cache
-        outputs = self.runner.run({**tokens, **past})
-        return outputs["logits"], next_past(self.spec, outputs)
+        outputs = self.runner.run({**tokens, **self.encoded, **past})
+        return outputs["logits"], self.spec.cache.next_past(outputs)
 
 
 @dataclass(frozen=True)
@@ -69,20 +75,22 @@ class BoundDecoder:
 
     runner: OnnxRunner
     spec: IoSpec
+    encoded: Mapping[str, Any] = field(default_factory=dict)
+    """What every step attends to beside its past, where it is computed: name to OrtValue."""
 
     def advance(self, tokens: Mapping[str, np.ndarray], cache: Any | None) -> tuple[np.ndarray, Any]:
         from onnxruntime import OrtValue
 
         layout, session = self.spec.cache, self.runner.session
         assert layout is not None
-        device = _DEVICES.get(session.get_providers()[0], "cpu")
+        device = _device(self.runner)
         if cache is None:
             empty = layout.empty(len(tokens["input_ids"])).values()
             cache = [OrtValue.ortvalue_from_numpy(value, device, 0) for value in empty]
         binding = session.io_binding()
         for name, value in tokens.items():
             binding.bind_cpu_input(name, value)
-        for name, value in zip(layout.past_names, cache, strict=True):
+        for name, value in (*zip(layout.past_names, cache, strict=True), *self.encoded.items()):
             binding.bind_ortvalue_input(name, value)
         binding.bind_output("logits", "cpu")
         for name in layout.present_names:
@@ -92,15 +100,23 @@ class BoundDecoder:
         return logits.numpy(), presents
 
 
-def decoder_of(runner: Runner, spec: IoSpec) -> Decoder:
-    """The decoder of a runner; UserError for a model that has no cache."""
-    if spec.cache is None:
-        raise UserError(f"{spec.architecture} does not generate text", "a causal language model", "name another model")
-    return BoundDecoder(runner, spec) if isinstance(runner, OnnxRunner) else CopyingDecoder(runner, spec)
+def decoder_of(runner: Runner, spec: IoSpec, encoded: Mapping[str, np.ndarray] | None = None) -> Decoder:
+    """The decoder of a runner, on what an encoder put out, if there is one."""
+    if not isinstance(runner, OnnxRunner):
+        return CopyingDecoder(runner, spec, encoded or {})
+    from onnxruntime import OrtValue
+
+    device = _device(runner)
+    kept = {name: OrtValue.ortvalue_from_numpy(value, device, 0) for name, value in (encoded or {}).items()}
+    return BoundDecoder(runner, spec, kept)
+
+
+def _device(runner: OnnxRunner) -> str:
+    return _DEVICES.get(runner.session.get_providers()[0], "cpu")
 
 
 def stream(
-    runner: Runner,
+    runner: Runner | Pair,
     spec: IoSpec,
     prompts: Sequence[Sequence[int]],
     settings: Sampling,
@@ -111,26 +127,57 @@ def stream(
     The reader may end a row for reasons of its own: it sets it to True in `ended_B`, bool [B], between two tokens.
     Raises UserError for an empty prompt, or one that leaves the model no room for the new tokens.
     """
-    decoder = decoder_of(runner, spec)
+    if spec.cache is None:
+        raise UserError(f"{spec.architecture} does not generate text", "a causal language model", "name another model")
     _check_prompts(spec, prompts, settings)
-    length = max(map(len, prompts))
-    padded = spec.pad([np.asarray(prompt, dtype=np.int64) for prompt in prompts], length, left=True)
-    ids_BT, mask = padded["input_ids"], padded["attention_mask"]
+    decoder, ids_BT, mask = _begin(runner, spec, prompts)
     random, cache = np.random.default_rng(settings.seed), None
     if ended_B is None:
         ended_B = np.zeros(len(prompts), dtype=bool)
     for step in range(settings.max_new_tokens):
         logits_BTV, cache = decoder.advance(spec.token_feeds(ids_BT, mask), cache)
-        chosen_B = np.where(ended_B, spec.pad_id, choose(logits_BTV[:, -1], settings, random))
+        free_B = choose(logits_BTV[:, -1], settings, random)
+        forced = _forced(spec, settings, step)
+        chosen_B = np.where(ended_B, spec.pad_id, free_B if forced is None else forced)
         yield chosen_B
         ended_B |= np.isin(chosen_B, settings.eos_token_ids)
         if ended_B.all() or step + 1 == settings.max_new_tokens:
             return
         ids_BT = chosen_B[:, None]
-        mask = np.concatenate([mask, np.ones_like(ids_BT)], axis=1)
+        if spec.encoder is None:
+            mask = np.concatenate([mask, np.ones_like(ids_BT)], axis=1)
 
 
-def generate(runner: Runner, spec: IoSpec, prompts: Sequence[Sequence[int]], settings: Sampling) -> list[list[int]]:
+def _begin(
+    runner: Runner | Pair, spec: IoSpec, prompts: Sequence[Sequence[int]]
+) -> tuple[Decoder, np.ndarray, np.ndarray]:
+    """What takes the steps, the first tokens that it is given, and the mask, of which each step adds a column.
+
+    With an encoder the prompts are its text, the decoder begins with the start token, and the mask stays.
+    """
+    rows = [np.asarray(prompt, dtype=np.int64) for prompt in prompts]
+    length = max(map(len, rows))
+    if spec.encoder is None:
+        assert not isinstance(runner, Pair)
+        padded = spec.pad(rows, length, left=True)
+        return decoder_of(runner, spec), padded["input_ids"], padded["attention_mask"]
+    assert isinstance(runner, Pair) and spec.cross is not None
+    padded = spec.encoder.pad(rows, length)
+    encoded = spec.cross.next_past(runner.encoder.run(padded))
+    first_B1 = np.full((len(rows), 1), spec.start_id, dtype=np.int64)
+    return decoder_of(runner.decoder, spec, encoded), first_B1, padded["attention_mask"]
+
+
+def _forced(spec: IoSpec, settings: Sampling, step: int) -> int | None:
+    """The token that a step must give, if there is one."""
+    if step + 1 == settings.max_new_tokens and settings.forced_eos_token_id is not None:
+        return settings.forced_eos_token_id
+    return settings.forced_bos_token_id if step == 0 and spec.encoder else None
+
+
+def generate(
+    runner: Runner | Pair, spec: IoSpec, prompts: Sequence[Sequence[int]], settings: Sampling
+) -> list[list[int]]:
     """The new tokens of each prompt, with the token that ended it, if one did."""
     taken = np.stack(list(stream(runner, spec, prompts, settings)), axis=1)
     rows = []
@@ -177,10 +224,12 @@ def _check_prompts(spec: IoSpec, prompts: Sequence[Sequence[int]], settings: Sam
     if not prompts or not all(len(prompt) for prompt in prompts):
         raise UserError("a prompt is empty", "at least one token in each", "begin it with the tokenizer's bos token")
     longest, room = max(map(len, prompts)), spec.max_length
-    if longest + settings.max_new_tokens > room:
+    # Two texts where there is an encoder, one of which begins with the start token; the last token is never read.
+    needed = max(longest, settings.max_new_tokens) if spec.encoder else longest + settings.max_new_tokens
+    if needed > room:
         raise UserError(
             f"a prompt of {longest} tokens and {settings.max_new_tokens} new ones",
-            f"at most {room} in all, what {spec.architecture} of this size takes",
+            f"at most {room} {'of each' if spec.encoder else 'in all'}, what {spec.architecture} of this size takes",
             "shorten the prompt or lower max_new_tokens",
         )
     outside = [token for prompt in prompts for token in prompt if not 0 <= token < spec.vocab_size]

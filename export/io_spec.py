@@ -4,7 +4,11 @@ Exporter, parity gate, runners and benchmark read it; tracing and running are th
 Names and axes follow optimum (its OnnxConfig and TextDecoderWithPositionIdsOnnxConfig), so that its loaders and Triton
 configurations written for it fit. A causal model has a cache: one graph serves the prompt, with a past of length 0, and
 every later step.
-Shape letters: B batch, T sequence length, P length of the past, V vocabulary, K heads of keys and values, D their size.
+An encoder-decoder is two graphs. The encoder's also puts out the keys and values that the decoder's layers attend to,
+which are so computed once, and decoder_with_past_model's face is optimum's; with a past of length 0 it takes the first
+step, too, which makes optimum's decoder_model, and the If node of its merged one, needless.
+Shape letters: B batch, T sequence length, P length of the past, S length of the encoder's text, V vocabulary, K heads
+of keys and values, D their size.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,13 +19,21 @@ from typing import Any, Literal
 import numpy as np
 
 from trainer.errors import UserError
+from trainer.export_config import ONNX_FILES, Precision
 
 BATCH = "batch_size"
 SEQUENCE = "sequence_length"
 PAST = "past_sequence_length"
 TOTAL = f"{PAST} + {SEQUENCE}"
+ENCODED = "encoder_sequence_length"
 Task = Literal[
-    "masked_lm", "causal_lm", "classification", "token_classification", "question_answering", "feature_extraction"
+    "masked_lm",
+    "causal_lm",
+    "seq2seq_lm",
+    "classification",
+    "token_classification",
+    "question_answering",
+    "feature_extraction",
 ]
 
 _ENCODERS = ("Bert", "DistilBert", "Roberta", "ModernBert")
@@ -33,9 +45,13 @@ _HEADS: dict[str, Task] = {
     "Model": "feature_extraction",
 }
 _DECODERS = ("GPT2LMHeadModel", "LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+_PAIRS = ("T5ForConditionalGeneration", "MT5ForConditionalGeneration", "BartForConditionalGeneration")
 TASKS: dict[str, Task] = {f"{encoder}{head}": task for encoder in _ENCODERS for head, task in _HEADS.items()}
 TASKS |= dict.fromkeys(_DECODERS, "causal_lm")
+TASKS |= dict.fromkeys(_PAIRS, "seq2seq_lm")
 _TOKEN_TYPES = ("bert",)
+# T5's positions are relative, without an end; it was trained on texts of so many tokens (Raffel et al. 2020).
+_T5_LENGTH = 512
 
 
 @dataclass(frozen=True)
@@ -57,16 +73,20 @@ class CacheLayout:
     layers: int
     heads: int
     head_size: int
+    of: str = ""
+    """`decoder.` or `encoder.` in the names where there are both: what it has seen itself, and what was encoded."""
 
     @property
     def past_names(self) -> tuple[str, ...]:
         """Inputs that hold the past, in the order of `present_names`."""
-        return tuple(f"past_key_values.{layer}.{kind}" for layer in range(self.layers) for kind in ("key", "value"))
+        return tuple(
+            f"past_key_values.{layer}.{self.of}{kind}" for layer in range(self.layers) for kind in ("key", "value")
+        )
 
     @property
     def present_names(self) -> tuple[str, ...]:
         """Outputs that are the past of the next step."""
-        return tuple(f"present.{layer}.{kind}" for layer in range(self.layers) for kind in ("key", "value"))
+        return tuple(f"present.{layer}.{self.of}{kind}" for layer in range(self.layers) for kind in ("key", "value"))
 
     def ports(self, names: tuple[str, ...], length: str) -> tuple[Port, ...]:
         return tuple(Port(name, "float32", (BATCH, self.heads, length, self.head_size)) for name in names)
@@ -76,10 +96,14 @@ class CacheLayout:
         shape = (batch, self.heads, 0, self.head_size)
         return {name: np.zeros(shape, dtype=np.float32) for name in self.past_names}
 
+    def next_past(self, outputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """What one step puts out under the names that the next takes it by."""
+        return {past: outputs[present] for past, present in zip(self.past_names, self.present_names, strict=True)}
+
 
 @dataclass(frozen=True)
 class IoSpec:
-    """The face of one model, and what is needed to feed it."""
+    """The face of one model's graph, and what is needed to feed it. Of an encoder-decoder it is the decoder's."""
 
     architecture: str
     model_type: str
@@ -90,19 +114,35 @@ class IoSpec:
     vocab_size: int
     pad_id: int
     cache: CacheLayout | None = None
+    stem: str = "model"
+    """What the graph's file is called, before the form's name."""
+    cross: CacheLayout | None = None
+    """Keys and values that an encoder puts out and its decoder takes."""
+    encoder: "IoSpec | None" = None
+    start_id: int = 0
+    """The token that a decoder with an encoder begins with."""
+
+    @property
+    def parts(self) -> "tuple[IoSpec, ...]":
+        """The faces of all graphs of the model."""
+        return (self.encoder, self) if self.encoder else (self,)
+
+    def file(self, variant: Precision) -> str:
+        """Name of the graph's file in one form."""
+        return ONNX_FILES[f"onnx_{variant}"].replace("model", self.stem, 1)
 
     def feeds(
         self, ids_BT: np.ndarray, mask: np.ndarray, past: Mapping[str, np.ndarray] | None = None
     ) -> dict[str, np.ndarray]:
         """All inputs of the model for token ids, int64 [B, T], and a mask (1 token, 0 padding), int64 [B, P + T].
 
-        Without `past` a decoder gets one of length 0.
+        Without `past` a decoder gets one of length 0. Where there is an encoder, the mask is that of its text, int64
+        [B, S], and `past` must hold what it put out.
         """
         made = self.token_feeds(ids_BT, mask)
         if self.cache is not None:
-            made |= (
-                self.cache.empty(len(ids_BT)) if past is None else {name: past[name] for name in self.cache.past_names}
-            )
+            past = self.cache.empty(len(ids_BT)) | dict(past or {})
+            made |= {port.name: past[port.name] for port in self.inputs if port.name not in made}
         return made
 
     def token_feeds(self, ids_BT: np.ndarray, mask: np.ndarray) -> dict[str, np.ndarray]:
@@ -110,6 +150,7 @@ class IoSpec:
         made = {
             "input_ids": ids_BT,
             "attention_mask": mask,
+            "encoder_attention_mask": mask,
             "token_type_ids": np.zeros_like(ids_BT),
             "position_ids": np.maximum(mask.cumsum(axis=1) - 1, 0)[:, -ids_BT.shape[1] :],
         }
@@ -157,6 +198,8 @@ def spec_of(config: Any) -> IoSpec:
             "export another model",
         )
     task = TASKS[architecture]
+    if task == "seq2seq_lm":
+        return _pair_spec(config, architecture)
     cache = _cache_layout(config) if task == "causal_lm" else None
     outputs = _outputs(task, config)
     return IoSpec(
@@ -170,6 +213,41 @@ def spec_of(config: Any) -> IoSpec:
         vocab_size=config.vocab_size,
         pad_id=max(0, config.pad_token_id or 0),  # some name -1; what is padded is masked
         cache=cache,
+    )
+
+
+def _pair_spec(config: Any, architecture: str) -> IoSpec:
+    heads = getattr(config, "decoder_attention_heads", None) or config.num_attention_heads
+    size = getattr(config, "d_kv", None) or config.d_model // heads
+    layers = getattr(config, "decoder_layers", None) or config.num_decoder_layers
+    own, cross = (CacheLayout(layers, heads, size, of) for of in ("decoder.", "encoder."))
+    shared = {
+        "architecture": architecture,
+        "model_type": config.model_type,
+        "task": "seq2seq_lm",
+        "max_length": getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", _T5_LENGTH),
+        "vocab_size": config.vocab_size,
+        "pad_id": config.pad_token_id or 0,
+        "cross": cross,
+    }
+    hidden = Port("last_hidden_state", "float32", (BATCH, SEQUENCE, config.d_model))
+    encoder = IoSpec(
+        inputs=_token_ports(config.model_type, cached=False),
+        outputs=(hidden, *cross.ports(cross.present_names, SEQUENCE)),
+        stem="encoder_model",
+        **shared,
+    )
+    tokens = (Port("input_ids", "int64", (BATCH, SEQUENCE)), Port("encoder_attention_mask", "int64", (BATCH, ENCODED)))
+    logits = Port("logits", "float32", (BATCH, SEQUENCE, config.vocab_size))
+    start = getattr(config, "decoder_start_token_id", None)
+    return IoSpec(
+        inputs=(*tokens, *own.ports(own.past_names, PAST), *cross.ports(cross.past_names, ENCODED)),
+        outputs=(logits, *own.ports(own.present_names, TOTAL)),
+        cache=own,
+        stem="decoder_with_past_model",
+        encoder=encoder,
+        start_id=shared["pad_id"] if start is None else start,
+        **shared,
     )
 
 

@@ -123,8 +123,8 @@ def _listed(ports: Sequence[Port], needed: Sequence[Port]) -> str:
 
 
 def compare(what: str, case: Case, port: Port, source: np.ndarray, actual: np.ndarray) -> Difference:
-    """The difference of one output: [B, T, V], [B, T] and a cache's [B, K, P + T, D] on unmasked positions, [B, V] on
-    all rows.
+    """The difference of one output: [B, T, V], [B, T] and keys' and values' [B, K, P + T, D] on unmasked positions,
+    [B, V] on all rows.
 
     A place is told as row, position and what is left of the axes. Raises GateFailed for another shape or a value that
     is not finite.
@@ -172,7 +172,7 @@ def _agreement(source_NV: np.ndarray, actual_NV: np.ndarray) -> tuple[int, int]:
 
 def _rows(case: Case, port: Port, value: np.ndarray) -> tuple[np.ndarray, np.ndarray, tuple[int, ...]]:
     """Which rows of an output count, these as float64 [N, values a position], and the shape of one row's values."""
-    if TOTAL in port.axes:
+    if TOTAL in port.axes or SEQUENCE in port.axes[2:]:
         value = value.swapaxes(1, 2)
         compared = case.mask
     else:

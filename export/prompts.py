@@ -12,9 +12,9 @@ from typing import Any
 
 from export.generate import Sampling
 from export.io_spec import IoSpec, read_spec
-from export.runners import Runner, open_onnx, open_torch, usable_threads
-from export.texts import end_tokens, stream_texts
-from export.verified import examine
+from export.runners import Pair, Runner, open_onnx, open_torch, open_torch_pair, usable_threads
+from export.texts import not_done, stream_texts, with_end
+from export.verified import Verified, examine
 from trainer.errors import UserError
 
 
@@ -22,10 +22,9 @@ from trainer.errors import UserError
 class Writer:
     """A model that writes, opened."""
 
-    runner: Runner
+    runner: Runner | Pair
     spec: IoSpec
     tokenizer: Any
-    end_tokens: tuple[int, ...]
 
 
 def run(
@@ -47,7 +46,9 @@ def run(
     """
     asked = Sampling(max_new_tokens, temperature, top_k, top_p, seed=seed)  # refuses before a model is opened
     writer = open_writer(folder, variant)
-    settings = Sampling(max_new_tokens, temperature, top_k, top_p, writer.end_tokens, asked.seed)
+    settings = with_end(asked, folder)
+    if lacking := not_done(folder):
+        _tell(f"{folder} asks for {', '.join(lacking)}, which is not done here: transformers' own text may be another")
     try:
         for prompt in prompts or _lines():
             _write(writer, prompt, settings, stop, json_lines)
@@ -68,7 +69,8 @@ def open_writer(folder: Path, variant: str | None = None) -> Writer:
                 f"{folder} is a model folder, which has no {variant}", "an exported folder", "export it, or leave the "
                 "variant out: then it runs in PyTorch"
             )  # fmt: skip
-        spec, runner = read_spec(folder), open_torch(folder, usable_threads())
+        spec = read_spec(folder)
+        runner = open_torch_pair(folder, usable_threads()) if spec.encoder else open_torch(folder, usable_threads())
         _tell(f"{folder} in PyTorch, fp32")
     else:
         subject = examine(folder.name, folder)
@@ -78,9 +80,14 @@ def open_writer(folder: Path, variant: str | None = None) -> Writer:
             raise UserError(
                 f"{folder} has no verified {chosen}", f"one of {', '.join(names)}", "export that variant too"
             )
-        spec, runner = subject.spec, open_onnx(subject.variants[chosen].file, usable_threads())
+        spec, runner = subject.spec, _open_onnx(subject.variants[chosen])
         _tell(f"{subject.variants[chosen].file}, which passed parity" + ("" if variant else f"; also: {names}"))
-    return Writer(runner, spec, AutoTokenizer.from_pretrained(folder, local_files_only=True), end_tokens(folder))
+    return Writer(runner, spec, AutoTokenizer.from_pretrained(folder, local_files_only=True))
+
+
+def _open_onnx(form: Verified) -> Runner | Pair:
+    decoder = open_onnx(form.file, usable_threads())
+    return Pair(open_onnx(form.encoder_file, usable_threads()), decoder) if form.encoder_file else decoder
 
 
 def _write(writer: Writer, prompt: str, settings: Sampling, stops: Sequence[str], json_lines: bool) -> None:

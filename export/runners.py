@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 import psutil
 
-from export.io_spec import Port, read_spec
+from export.io_spec import IoSpec, Port, read_spec
 from trainer.errors import UserError
 from trainer.export_config import ONNX_FILES, Backend
 
@@ -58,6 +58,14 @@ class TorchRunner:
         with torch.inference_mode():
             values = self.call(*(torch.from_numpy(inputs[name]).to(self.device) for name in self.input_names))
         return {name: value.cpu().numpy() for name, value in zip(self.output_names, values, strict=True)}
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The two graphs of an encoder-decoder, each with a face of its own."""
+
+    encoder: Runner
+    decoder: Runner
 
 
 def open_runner(folder: Path, backend: Backend, threads: int, provider: str = CPU_PROVIDER) -> Runner:
@@ -112,18 +120,35 @@ def require_provider(provider: str) -> None:
 def open_torch(folder: Path, threads: int, compiled: bool = False, device: str = "cpu") -> TorchRunner:
     """A model folder in PyTorch; compiled: by inductor, once for all shapes. Sets torch's thread count.
 
-    Raises UserError for a GPU where PyTorch finds none.
+    Of an encoder-decoder it is the decoder, as `read_spec` gives its face. Raises UserError for a GPU where PyTorch
+    finds none.
     """
     import torch
 
-    from export.to_onnx import Traceable, load_model
+    from export.to_onnx import load_model
 
     if device != "cpu" and not torch.cuda.is_available():
         raise UserError("PyTorch finds no GPU here", device, "install the torch that fits your driver")
     torch.set_num_threads(threads)
     spec = read_spec(folder)
-    model: Any = Traceable(load_model(folder, spec), spec).eval().to(device)
-    call = torch.compile(model, dynamic=True) if compiled else model
+    return torch_runner(load_model(folder, spec), spec, compiled, device)
+
+
+def open_torch_pair(folder: Path, threads: int) -> Pair:
+    """An encoder-decoder's folder in PyTorch on the CPU, its weights loaded once."""
+    spec, decoder = read_spec(folder), open_torch(folder, threads)
+    assert spec.encoder is not None
+    return Pair(torch_runner(decoder.call.model, spec.encoder), decoder)  # type: ignore[attr-defined] - a Traceable
+
+
+def torch_runner(model: Any, spec: IoSpec, compiled: bool = False, device: str = "cpu") -> TorchRunner:
+    """A loaded model with the face of `spec`."""
+    import torch
+
+    from export.to_onnx import Traceable
+
+    traceable: Any = Traceable(model, spec).eval().to(device)
+    call = torch.compile(traceable, dynamic=True) if compiled else traceable
     inputs, outputs = (tuple(port.name for port in ports) for ports in (spec.inputs, spec.outputs))
     return TorchRunner(call, inputs, outputs, device)
 

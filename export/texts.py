@@ -13,12 +13,15 @@ import numpy as np
 
 from export.generate import Sampling, stream
 from export.io_spec import IoSpec
-from export.runners import Runner
+from export.runners import Pair, Runner
 from trainer.errors import UserError
 
 # A character of UTF-8 has at most so many bytes, and a token holds one at least: after as many it is no character.
 _CHARACTER_TOKENS = 4
 _NO_CHARACTER = "\ufffd"
+# What a folder's generation_config.json may ask for that is not done here, as transformers names it.
+_NOT_DONE = ("num_beams", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "repetition_penalty", "min_length",
+             "min_new_tokens", "bad_words_ids", "suppress_tokens")  # fmt: skip
 
 
 class GrowingText:
@@ -91,7 +94,7 @@ class GrowingText:
 
 
 def stream_texts(
-    runner: Runner,
+    runner: Runner | Pair,
     spec: IoSpec,
     tokenizer: Any,
     prompts: Sequence[str],
@@ -107,8 +110,9 @@ def stream_texts(
         raise UserError("a stop string is empty", "at least one character", "leave it out")
     special = [stop for stop in stops if stop in tokenizer.all_special_tokens]
     ends = (*settings.eos_token_ids, *map(int, tokenizer.convert_tokens_to_ids(special)))
-    rows = [prompt_tokens(tokenizer, prompt) for prompt in prompts]
-    texts = [GrowingText(tokenizer, row, [stop for stop in stops if stop not in special], ends) for row in rows]
+    rows = [prompt_tokens(tokenizer, prompt, spec.encoder is not None) for prompt in prompts]
+    strings = [stop for stop in stops if stop not in special]
+    texts = [GrowingText(tokenizer, [] if spec.encoder else row, strings, ends) for row in rows]
     ended_B = np.zeros(len(rows), dtype=bool)
     for chosen_B in stream(runner, spec, rows, replace(settings, eos_token_ids=ends), ended_B):
         for text, token in zip(texts, chosen_B.tolist(), strict=True):
@@ -121,7 +125,7 @@ def stream_texts(
 
 
 def generate_texts(
-    runner: Runner,
+    runner: Runner | Pair,
     spec: IoSpec,
     tokenizer: Any,
     prompts: Sequence[str],
@@ -133,19 +137,44 @@ def generate_texts(
     return texts
 
 
-def prompt_tokens(tokenizer: Any, prompt: str) -> list[int]:
-    """A prompt as a model goes on from it: the tokenizer's bos token where it puts one, and nothing behind the text."""
+def prompt_tokens(tokenizer: Any, prompt: str, encoded: bool = False) -> list[int]:
+    """A prompt as a model goes on from it: the tokenizer's bos token where it puts one, and nothing behind the text.
+
+    One that is encoded is whole, with all that the tokenizer puts around it.
+    """
+    if encoded:
+        return tokenizer(prompt, verbose=False)["input_ids"] if prompt else []
     around = tokenizer("")["input_ids"]
     begins = around[:1] if around and around[0] == tokenizer.bos_token_id else []
     return [*begins, *tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"]]
 
 
-def end_tokens(folder: Path) -> tuple[int, ...]:
-    """The tokens that end a text, as the model's folder names them."""
+def with_end(settings: Sampling, folder: Path) -> Sampling:
+    """The settings with the tokens that end a text, and those that are forced, as the model's folder names them."""
+    named = _generation_config(folder)
+    ends, last = _several(named.eos_token_id), _several(named.forced_eos_token_id)
+    return replace(
+        settings,
+        eos_token_ids=ends,
+        forced_bos_token_id=named.forced_bos_token_id,
+        forced_eos_token_id=last[0] if last else None,
+    )
+
+
+def not_done(folder: Path) -> list[str]:
+    """What the model's folder asks for that is not done here, such as `num_beams=4`: its texts may be others then."""
+    named = _generation_config(folder)
+    asked = {name: getattr(named, name, None) for name in _NOT_DONE}
+    return [f"{name}={value}" for name, value in asked.items() if value not in (None, 0, 1)]
+
+
+def _generation_config(folder: Path) -> Any:
     from transformers import AutoConfig, GenerationConfig
 
     if (folder / "generation_config.json").is_file():
-        named = GenerationConfig.from_pretrained(folder, local_files_only=True).eos_token_id
-    else:
-        named = AutoConfig.from_pretrained(folder, local_files_only=True).eos_token_id
+        return GenerationConfig.from_pretrained(folder, local_files_only=True)
+    return GenerationConfig.from_model_config(AutoConfig.from_pretrained(folder, local_files_only=True))
+
+
+def _several(named: int | list[int] | None) -> tuple[int, ...]:
     return tuple(named) if isinstance(named, list) else () if named is None else (named,)

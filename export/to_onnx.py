@@ -3,6 +3,7 @@ The graph holds standard operators only, which TensorRT and OpenVINO read; fusin
 """
 
 import contextlib
+import functools
 import logging
 import warnings
 from collections.abc import Iterator
@@ -18,29 +19,32 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
     AutoModelForQuestionAnswering,
+    AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
 )
-from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.cache_utils import DynamicCache, DynamicLayer, EncoderDecoderCache
+from transformers.modeling_outputs import BaseModelOutput
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
 from export import files
 from export.files import data_file
-from export.io_spec import BATCH, PAST, SEQUENCE, TOTAL, CacheLayout, IoSpec
+from export.io_spec import BATCH, ENCODED, PAST, SEQUENCE, TOTAL, CacheLayout, IoSpec
 from trainer.errors import UserError
 from trainer.models import refused
 
 _LOADERS: dict[str, Any] = {
     "masked_lm": AutoModelForMaskedLM,
     "causal_lm": AutoModelForCausalLM,
+    "seq2seq_lm": AutoModelForSeq2SeqLM,
     "classification": AutoModelForSequenceClassification,
     "token_classification": AutoModelForTokenClassification,
     "question_answering": AutoModelForQuestionAnswering,
     "feature_extraction": AutoModel,
 }
 # Batch, length and past of the traced example: 0 and 1 would be taken for constants, and the mask needs padding in it.
-_TRACED_BATCH, _TRACED_LENGTH, _TRACED_PAST = 2, 24, 5
+_TRACED_BATCH, _TRACED_LENGTH, _TRACED_PAST, _TRACED_ENCODED = 2, 24, 5, 11
 
 
 def load_model(folder: Path, spec: IoSpec) -> torch.nn.Module:
@@ -83,7 +87,7 @@ class Traceable(torch.nn.Module):
     def __init__(self, model: torch.nn.Module, spec: IoSpec) -> None:
         super().__init__()
         self.model = model
-        self.cache = spec.cache
+        self.cache, self.cross, self.encoded = spec.cache, spec.cross, spec.encoder is not None
         self.names = [port.name for port in spec.inputs]
         self.outputs = [port.name for port in spec.outputs]
         # ORT's fused rotary embedding works for more than one row only if positions have a batch axis.
@@ -94,13 +98,51 @@ class Traceable(torch.nn.Module):
         if self.makes_positions:
             batch, length = inputs[0].shape
             arguments["position_ids"] = torch.arange(length)[None].expand(batch, -1)
+        if self.cache is None and self.cross is not None:
+            return self._encode(arguments, self.cross)
         if self.cache is None:
             made = self.model(**arguments)
             return tuple(getattr(made, name) for name in self.outputs)
         past = _past_of(arguments, self.cache)
-        logits = self.model(**arguments, past_key_values=past, use_cache=True).logits
+        if self.encoded:
+            logits = self._decode(arguments, past)
+        else:
+            logits = self.model(**arguments, past_key_values=past, use_cache=True).logits
         layers: Any = past.layers
         return (logits, *(tensor for layer in layers for tensor in (layer.keys, layer.values)))
+
+    def _encode(self, arguments: dict[str, Any], cross: CacheLayout) -> tuple[torch.Tensor, ...]:
+        """The encoder's hidden states, and the keys and values that each of the decoder's layers makes of them."""
+        model: Any = self.model
+        hidden = model.get_encoder()(**arguments).last_hidden_state
+        projected = [projection(hidden) for layer in _cross_projections(model) for projection in layer]
+        shape = (*hidden.shape[:2], cross.heads, cross.head_size)
+        return (hidden, *(value.view(shape).transpose(1, 2) for value in projected))
+
+    def _decode(self, arguments: dict[str, Any], past: DynamicCache) -> torch.Tensor:
+        """Logits of a decoder, which is given what was encoded as keys and values; nothing of it is computed again."""
+        assert self.cross is not None
+        keys: torch.Tensor = arguments[self.cross.past_names[0]]
+        crossed = _past_of(arguments, self.cross)
+        length = past.get_seq_length() + arguments["input_ids"].shape[1]
+        return self.model(
+            decoder_input_ids=arguments["input_ids"],
+            # Without it the causal mask is left to attention itself, which T5's position bias counts from 0.
+            decoder_attention_mask=torch.ones(keys.shape[0], length, dtype=torch.int64),
+            attention_mask=arguments["encoder_attention_mask"],
+            encoder_outputs=BaseModelOutput(last_hidden_state=keys[:, 0]),  # asked for its batch and length only
+            past_key_values=EncoderDecoderCache(past, crossed),
+            use_cache=True,
+        ).logits
+
+
+def _cross_projections(model: Any) -> list[tuple[torch.nn.Module, torch.nn.Module]]:
+    """What makes keys and values of encoded text, in each layer of the decoder."""
+    if model.config.model_type == "bart":
+        attentions = [layer.encoder_attn for layer in model.model.decoder.layers]
+        return [(attention.k_proj, attention.v_proj) for attention in attentions]
+    attentions = [block.layer[1].EncDecAttention for block in model.decoder.block]
+    return [(attention.k, attention.v) for attention in attentions]
 
 
 def _past_of(arguments: dict[str, Any], layout: CacheLayout) -> DynamicCache:
@@ -122,9 +164,10 @@ def _past_of(arguments: dict[str, Any], layout: CacheLayout) -> DynamicCache:
 def export_graph(model: torch.nn.Module, spec: IoSpec, path: Path, opset: int) -> None:
     """Write `model` as a raw ONNX graph with the spec's names and axes, a large one's weights in a file beside it.
 
-    The model's Conv1D layers become Linear.
+    The model's Conv1D layers become Linear, and T5's position buckets a table.
     """
     replace_conv1d(model)
+    tabulate_buckets(model)
     with torch.no_grad(), _quiet(), _as_user_error(spec):
         program = torch.onnx.export(
             Traceable(model, spec).eval(),
@@ -151,6 +194,7 @@ def _dynamic_shapes(spec: IoSpec) -> tuple[dict[int, Any], ...]:
         SEQUENCE: torch.export.Dim(SEQUENCE, min=1, max=spec.max_length),
         PAST: torch.export.Dim(PAST, min=0, max=spec.max_length),
         TOTAL: torch.export.Dim.DYNAMIC,
+        ENCODED: torch.export.Dim(ENCODED, min=1, max=spec.max_length),
     }
     return tuple(
         {index: dims[axis] for index, axis in enumerate(port.axes) if isinstance(axis, str)} for port in spec.inputs
@@ -214,16 +258,49 @@ def replace_conv1d(module: torch.nn.Module) -> None:
             replace_conv1d(child)
 
 
+def tabulate_buckets(model: torch.nn.Module) -> None:
+    """Let T5's attention look the bucket of a distance up in a table of integers, to the same result.
+
+    Its formula takes the logarithm of 0, where the result is not used, and in 16 bits it rounds to other buckets.
+    Beyond the largest distance all are in one, so that the table ends there.
+    """
+    for module in model.modules():
+        if hasattr(module, "relative_attention_bias"):
+            attention: Any = module
+            reach = attention.relative_attention_max_distance
+            buckets = attention._relative_position_bucket(
+                torch.arange(-reach, reach + 1),
+                bidirectional=not attention.is_decoder,
+                num_buckets=attention.relative_attention_num_buckets,
+                max_distance=reach,
+            )
+            attention.register_buffer("buckets", buckets, persistent=False)
+            attention.compute_bias = functools.partial(_tabled_bias, attention)
+
+
+def _tabled_bias(
+    attention: Any, query_length: int, key_length: int, device: Any = None, past_seen_tokens: Any = 0
+) -> torch.Tensor:
+    """What T5Attention.compute_bias gives, [1, K, T, P + T], from its table."""
+    own_T1 = torch.arange(query_length)[:, None] + past_seen_tokens
+    reach = attention.relative_attention_max_distance
+    distance = (torch.arange(key_length)[None, :] - own_T1).clamp(-reach, reach)
+    return attention.relative_attention_bias(attention.buckets[distance + reach]).permute(2, 0, 1)[None]
+
+
 def _example(spec: IoSpec) -> tuple[torch.Tensor, ...]:
     """Inputs to trace with: their values do not matter, their sizes and the padding do."""
     past_length = _TRACED_PAST if spec.cache else 0
     length = min(_TRACED_LENGTH, spec.max_length - past_length)
     generator = torch.Generator().manual_seed(0)
     ids_BT = torch.randint(0, spec.vocab_size, (_TRACED_BATCH, length), generator=generator)
-    mask = torch.ones(_TRACED_BATCH, past_length + length, dtype=torch.int64)
-    mask[1, -(length // 2) :] = 0
-    past = None
-    if spec.cache:
-        shape = (_TRACED_BATCH, spec.cache.heads, past_length, spec.cache.head_size)
-        past = {name: np.zeros(shape, dtype=np.float32) for name in spec.cache.past_names}
+    encoded = min(_TRACED_ENCODED, spec.max_length)
+    seen = encoded if spec.encoder else past_length + length
+    mask = torch.ones(_TRACED_BATCH, seen, dtype=torch.int64)
+    mask[1, -(min(length, seen) // 2) :] = 0
+    past = {}
+    for layout, size in ((spec.cache, past_length), (spec.cross if spec.encoder else None, encoded)):
+        if layout:
+            shape = (_TRACED_BATCH, layout.heads, size, layout.head_size)
+            past |= {name: np.zeros(shape, dtype=np.float32) for name in layout.past_names}
     return tuple(torch.from_numpy(array) for array in spec.feeds(ids_BT.numpy(), mask.numpy(), past).values())

@@ -170,6 +170,10 @@ def open_builder(settings: TensorRT) -> Builder:
 
 def build_engines(recipe: Recipe, settings: TensorRT, builder: Builder, subject: Subject) -> Path:
     """Write the engine folder of one model; returns it. On any failure nothing new is left behind."""
+    if subject.spec.encoder is not None:
+        raise UserError(
+            f"{subject.name} is a {subject.spec.architecture}", "a model of one graph", "name others in tensorrt.models"
+        )
     chosen = choose_variants(settings, builder, subject)
     target = recipe.stage_dir("tensorrt") / subject.name
     timing = target.parent / _timing_name(builder.place)

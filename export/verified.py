@@ -22,10 +22,13 @@ class Verified:
     variant: str
     file: Path
     evidence: dict[str, Any]
+    encoder_file: Path | None = None
+    """Of an encoder-decoder, whose `file` is the decoder's."""
 
     @property
     def size_bytes(self) -> int:
-        return sum(path.stat().st_size for path in (self.file, *data_files(self.file)))
+        files = [self.file, *([self.encoder_file] if self.encoder_file else [])]
+        return sum(path.stat().st_size for file in files for path in (file, *data_files(file)))
 
 
 @dataclass(frozen=True)
@@ -71,16 +74,23 @@ def examine(name: str, exported: Path, model: Path | None = None) -> Subject:
 
 
 def verified_variants(exported: Path, record: Mapping[str, Any]) -> Iterator[Verified]:
-    """Variants with evidence that names the very bytes of their file; GateFailed for a file of other bytes."""
-    for proof in record["evidence"]:
-        what, _, variant = proof["what"].partition("_")
-        if what != "parity" or "file" not in proof:
-            continue
-        file = exported / proof["file"]
-        if not file.is_file() or not is_the_one(proof, file):
-            raise GateFailed(f"{file} is not the file that passed parity", "the file itself", "export it again")
-        check_graph(file)
-        yield Verified(variant, file, proof)
+    """Variants with evidence that names the very bytes of their files; GateFailed for a file of other bytes."""
+    proofs = {proof["what"]: proof for proof in record["evidence"] if "file" in proof}
+    encoded = "encoder_inputs" in record.get("about", {})
+    for what, proof in proofs.items():
+        gate, _, variant = what.partition("_")
+        encoder = proofs.get(f"encoder_{what}")
+        if gate == "parity" and (encoder or not encoded):
+            encoder_file = _proven_file(exported, encoder) if encoder else None
+            yield Verified(variant, _proven_file(exported, proof), proof, encoder_file)
+
+
+def _proven_file(exported: Path, proof: dict[str, Any]) -> Path:
+    file = exported / proof["file"]
+    if not file.is_file() or not is_the_one(proof, file):
+        raise GateFailed(f"{file} is not the file that passed parity", "the file itself", "export it again")
+    check_graph(file)
+    return file
 
 
 def require_unchanged(subject: Subject) -> None:

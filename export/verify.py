@@ -10,20 +10,19 @@ from pathlib import Path
 from typing import Any, get_args
 
 from export.bisect import first_departure, first_module
-from export.cases import full_rows, load_documents
+from export.cases import load_documents
 from export.gates import Gates
 from export.io_spec import IoSpec, read_spec
 from export.runners import open_onnx, usable_threads
 from export.to_onnx import export_graph, load_model
-from export.variants import calibration_batches, check_variant, check_variants, make_variant
+from export.variants import check_variant, check_variants, make_variant
 from trainer.artifact import ARTIFACT_FILE, read_artifact, write_json
 from trainer.config import Recipe
 from trainer.environment import launch_command
 from trainer.errors import GateFailed, UserError
-from trainer.export_config import ONNX_FILES, Export, Precision
+from trainer.export_config import Export, Precision
 from trainer.recipe_file import require_section
 
-_BISECTED = (2, 16)  # batch and length, without padding: every position counts
 # Tensors of one and the same precision are apart by their order of addition only; other forms by their tolerance.
 _UNLIMITED_RELATIVE_RMS = 1e-5
 
@@ -51,26 +50,32 @@ def verify_model(recipe: Recipe, settings: Export, name: str, folder: Path, bise
     spec = read_spec(folder)
     check_variants(name, spec, settings)
     documents = load_documents(recipe, folder)
-    gates = Gates(folder, spec, settings, documents, recipe.seed)
     exported = recipe.stage_dir("export") / name
+    for part in spec.parts:
+        gates = Gates(folder, part, settings, documents, recipe.seed)
+        yield from _verify_graph(settings, name, folder, gates, exported, bisect)
+
+
+def _verify_graph(
+    settings: Export, name: str, folder: Path, gates: Gates, exported: Path, bisect: bool
+) -> Iterator[dict[str, Any]]:
+    spec = gates.spec
     with tempfile.TemporaryDirectory() as scratch:
-        raw = Path(scratch) / ONNX_FILES["onnx_fp32"]
+        raw = Path(scratch) / spec.file("fp32")
         wanted: dict[Precision, Path] = {
-            variant: exported / ONNX_FILES[f"onnx_{variant}"] for variant in _wanted(settings, name, spec, exported)
+            variant: exported / spec.file(variant) for variant in _wanted(settings, name, spec, exported)
         }
         if bisect or not all(file.is_file() for file in wanted.values()):
             export_graph(load_model(folder, spec), spec, raw, settings.opset)
         for variant, file in wanted.items():
             is_there = file.is_file()
             if not is_there:
-                batches = calibration_batches(documents, spec, settings.calibration)
                 file = Path(scratch) / file.name
-                make_variant(variant, raw, file, batches, settings.calibration)
+                make_variant(variant, raw, file, gates.calibration, settings.calibration)
             row = {"model": name, "variant": variant, "file": file.name, "exported": is_there}
             row |= _held(gates, settings, name, variant, file)
             if bisect and not row["passed"]:
-                inputs = full_rows(documents, spec, *_BISECTED).inputs
-                row["found"] += f"\n    {_where(gates.spec, settings, variant, folder, raw, file, inputs)}"
+                row["found"] += f"\n    {_where(spec, settings, variant, folder, raw, file, gates.unpadded())}"
             yield row
 
 

@@ -68,6 +68,22 @@ CONFIGS = {
     ),
     "bert_answers": (hf.BertForQuestionAnswering, lambda: hf.BertConfig(**_BERT)),
 }
+# T5's heads are together narrower than the model, BART's encoder is less deep than its decoder (transformers 5.23
+# itself makes no text with such a T5).
+_T5 = {"vocab_size": VOCABULARY, "num_layers": 2, "num_decoder_layers": 2, "d_model": 32, "d_kv": 8, "num_heads": 3,
+       "d_ff": 64, "relative_attention_num_buckets": 8, "relative_attention_max_distance": 20,
+       "n_positions": MAX_LENGTH, "pad_token_id": 0, "eos_token_id": 3, "decoder_start_token_id": 0}  # fmt: skip
+_BART = {"vocab_size": VOCABULARY, "encoder_layers": 1, "decoder_layers": 2, "d_model": 32,
+         "encoder_attention_heads": 4, "decoder_attention_heads": 4, "encoder_ffn_dim": 64,
+         "decoder_ffn_dim": 64, **_IDS,
+         "max_position_embeddings": MAX_LENGTH, "decoder_start_token_id": 3, "forced_eos_token_id": 3}  # fmt: skip
+PAIRS = {
+    "t5": (hf.T5ForConditionalGeneration, lambda: hf.T5Config(**_T5)),
+    "mt5": (hf.MT5ForConditionalGeneration, lambda: hf.MT5Config(**_T5)),
+    "bart": (hf.BartForConditionalGeneration, lambda: hf.BartConfig(**_BART)),
+}
+# So much wider than the tables are their other matrices: a tied head would have them repeat one token for ever.
+_WIDER = {"t5": 3, "mt5": 3, "bart": 6}
 
 
 def _without(values: dict, key: str) -> dict:
@@ -76,13 +92,17 @@ def _without(values: dict, key: str) -> dict:
 
 def build_model(name: str, seed: int = 0) -> torch.nn.Module:
     """A model whose weights are drawn anew and wide."""
-    kind, config = CONFIGS[name]
+    kind, config = (CONFIGS | PAIRS)[name]
     model = kind(config()).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
             norm_scale = parameter.ndim == 1 and bool((parameter == 1).all())
             parameter.normal_(float(norm_scale), 0.1, generator=generator)
+        tables = {id(table.weight) for table in model.modules() if isinstance(table, torch.nn.Embedding)}
+        for parameter in model.parameters():
+            if parameter.ndim == 2 and id(parameter) not in tables:
+                parameter.mul_(_WIDER.get(name, 1))
     model.tie_weights()
     return model
 

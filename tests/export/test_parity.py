@@ -93,14 +93,14 @@ def other_head(model):
     model.cls.predictions.decoder.bias[3] *= 1.01
 
 
-def ignore_mask(graph):
-    """Every reader of attention_mask reads ones of the same shape instead."""
+def ignore_mask(graph, mask="attention_mask"):
+    """Every reader of the mask reads ones of the same shape instead."""
     for node in graph.node:
         for index, name in enumerate(node.input):
-            if name == "attention_mask":
+            if name == mask:
                 node.input[index] = "all_ones"
     one = numpy_helper.from_array(np.array([1], dtype=np.int64))
-    graph.node.insert(0, onnx.helper.make_node("Shape", ["attention_mask"], ["its_shape"]))
+    graph.node.insert(0, onnx.helper.make_node("Shape", [mask], ["its_shape"]))
     graph.node.insert(1, onnx.helper.make_node("ConstantOfShape", ["its_shape"], ["all_ones"], value=one))
 
 

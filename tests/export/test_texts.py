@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from export.generate import Sampling, generate
 from export.io_spec import read_spec
 from export.runners import open_onnx
-from export.texts import GrowingText, end_tokens, generate_texts, prompt_tokens, stream_texts
+from export.texts import GrowingText, generate_texts, not_done, prompt_tokens, stream_texts, with_end
 from tests.export.conftest import SPECIAL, build_tokenizer
 from trainer.__main__ import main
 from trainer.errors import UserError
@@ -162,11 +162,17 @@ def _around():
 
 
 def test_end_tokens_are_those_of_the_folder(model_folder, tmp_path):
-    assert end_tokens(model_folder("gpt2")) == (3,)
+    settings = Sampling(7, temperature=0.5)
+    assert with_end(settings, model_folder("gpt2")) == Sampling(7, temperature=0.5, eos_token_ids=(3,))
     shutil.copy(model_folder("gpt2") / "config.json", tmp_path)
-    assert end_tokens(tmp_path) == (3,)
-    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [5, 6]}))
-    assert end_tokens(tmp_path) == (5, 6)
+    assert with_end(settings, tmp_path).eos_token_ids == (3,)
+    named = {"eos_token_id": [5, 6], "forced_bos_token_id": 8, "forced_eos_token_id": 5}
+    (tmp_path / "generation_config.json").write_text(json.dumps(named))
+    assert not_done(tmp_path) == []
+    (tmp_path / "generation_config.json").write_text(json.dumps(named | {"num_beams": 4, "min_length": 0}))
+    assert not_done(tmp_path) == ["num_beams=4"]
+    found = with_end(settings, tmp_path)
+    assert (found.eos_token_ids, found.forced_bos_token_id, found.forced_eos_token_id) == ((5, 6), 8, 5)
 
 
 def test_the_verb_writes_what_the_model_says(exported_folder, model_folder, tokenizer, capsys, monkeypatch):
