@@ -20,7 +20,7 @@ from export.runners import OnnxRunner, open_onnx, usable_threads
 from export.to_onnx import export_graph, load_model
 from export.variants import check_variant, check_variants, make_variant
 from trainer.__main__ import stage_main
-from trainer.artifact import content_hash, staging, write_artifact
+from trainer.artifact import hash_tree, staging, write_artifact
 from trainer.config import Recipe
 from trainer.errors import GateFailed, UserError
 from trainer.export_config import Export, Precision
@@ -76,16 +76,19 @@ def export_model(recipe: Recipe, settings: Export, name: str, folder: Path, docu
     `documents` are token ids of real text, which the parity gate runs on.
     """
     spec = read_spec(folder)
+    source = hash_tree(folder)
     gates = [Gates(folder, part, settings, documents, recipe.seed) for part in spec.parts]
     target = recipe.stage_dir("export") / name
     with staging(target) as partial:
         evidence = [proof for each in gates for proof in _write_forms(settings, name, folder, each, partial)]
         copy_companions(folder, partial)
+        if hash_tree(folder) != source:
+            raise UserError(f"{folder} changed while it was exported", "a model that stays as it is", "export it again")
         write_artifact(
             partial,
             "onnx",
             recipe_sha256=recipe_hash(recipe),
-            parents={"model": content_hash(folder)},
+            parents={"model": source},
             evidence=evidence,
             about={
                 "architecture": spec.architecture,

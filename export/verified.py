@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from export.bench_inputs import METRICS
 from export.files import is_the_one
 from export.hostile import check_folder, check_graph, data_files
 from export.io_spec import IoSpec, read_spec
-from trainer.artifact import content_hash, hash_tree, read_artifact
+from export.parity import holds_under
+from trainer.artifact import hash_tree, read_artifact
 from trainer.config import Recipe
 from trainer.errors import GateFailed, UserError
 
@@ -52,7 +54,28 @@ def subjects(recipe: Recipe, section: str, wanted: Sequence[str]) -> list[Subjec
             f"exported models: {', '.join(models) or 'there are none'}",
             f"mend {section}.models, or export the model",
         )
-    return [examine(name, recipe.stage_dir("export") / name, models[name]) for name in wanted or models]
+    found = [examine(name, recipe.stage_dir("export") / name, models[name]) for name in wanted or models]
+    for subject in found:
+        _require_todays_gates(recipe, subject)
+    return found
+
+
+def _require_todays_gates(recipe: Recipe, subject: Subject) -> None:
+    """GateFailed for a form that passed looser gates than the recipe has now."""
+    if recipe.export is None:
+        return
+    parity, quality = recipe.export.parity, recipe.export.quality
+    proofs = {proof["what"]: proof for proof in subject.record["evidence"]}
+    judged = subject.spec.task in METRICS
+    for variant, one in subject.variants.items():
+        kept = proofs.get(f"quality_{variant}", {}).get("metrics", {}).get("kept")
+        if not holds_under(one.evidence["metrics"], getattr(parity, variant)):
+            what = f"export.parity.{variant}"
+        elif quality and (judged if kept is None else kept < quality.share):
+            what = "export.quality"
+        else:
+            continue
+        raise GateFailed(f"{one.file} has not passed the {what} of this recipe", "evidence of it", "export it again")
 
 
 def examine(name: str, exported: Path, model: Path | None = None) -> Subject:
@@ -65,7 +88,7 @@ def examine(name: str, exported: Path, model: Path | None = None) -> Subject:
     check_folder(exported)
     if hash_tree(exported) != record["content_sha256"]:
         raise GateFailed(f"{exported} is not what export left there", "files that passed parity", "export it again")
-    if model and model.is_dir() and record["parents"].get("model") != content_hash(model):
+    if model and model.is_dir() and record["parents"].get("model") != hash_tree(model):
         raise GateFailed(f"{exported} was exported from another {model}", "an export of this model", "export it again")
     variants = {one.variant: one for one in verified_variants(exported, record)}
     if not variants:

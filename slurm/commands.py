@@ -8,6 +8,18 @@ from pathlib import Path
 
 from trainer.errors import UserError
 
+# Job states of SLURM's documentation (squeue, "JOB STATE CODES") that a job does not leave by itself.
+_OVER = (
+    "BOOT_FAIL",
+    "CANCELLED",
+    "COMPLETED",
+    "DEADLINE",
+    "FAILED",
+    "NODE_FAIL",
+    "OUT_OF_MEMORY",
+    "PREEMPTED",
+    "TIMEOUT",
+)
 _LIMIT_S = 60  # a controller that does not answer for longer is down (its own timeouts are 10 s and 30 s)
 
 
@@ -44,16 +56,20 @@ def submit(script: Path, after: str | None, each: bool) -> str:
 
 
 def show(job_id: str) -> list[dict[str, str]]:
-    """What the controller knows of a job, or of each element of an array; nothing if it has forgotten it."""
+    """What the controller knows of a job, or of each element of an array; nothing if it has forgotten it.
+
+    UserError where it does not answer: that is no sign that a job is over.
+    """
     done = run(["scontrol", "show", "job", "--oneliner", job_id])
+    if done.returncode and "invalid job id" not in (done.stdout + done.stderr).lower():
+        raise UserError(f"scontrol show job {job_id}: {done.stderr.strip()}", "a controller", "try later: sinfo")
     lines = done.stdout.strip().splitlines() if done.returncode == 0 else []
     return [dict(word.split("=", 1) for word in line.split() if "=" in word) for line in lines]
 
 
 def unfinished(job_ids: Sequence[str]) -> list[str]:
-    """Those of the jobs that wait or run."""
-    live = ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "SUSPENDED", "REQUEUED")
-    return [job for job in job_ids if any(facts["JobState"] in live for facts in show(job))]
+    """Those of the jobs that are not over."""
+    return [job for job in job_ids if any(facts["JobState"] not in _OVER for facts in show(job))]
 
 
 def cancel(job_ids: Sequence[str]) -> None:

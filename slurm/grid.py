@@ -35,6 +35,10 @@ def _values(axis: str) -> Iterator[tuple[str, str]]:
     key, _, values = axis.partition("=")
     if not key or not values:
         raise UserError(f"--array {axis!r}", "key=value,value", "such as --array seed=0,1,2")
+    if key.split(".")[0] == "slurm":
+        raise UserError(
+            f"--array {axis!r}", "keys that change a run: all elements are jobs of one shape", "leave it out"
+        )
     yield from ((key, value) for value in values.split(","))
 
 

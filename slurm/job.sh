@@ -5,6 +5,9 @@ attempt=0                          # tries within this start
 stopping=''                        # when the signal came
 stuck=''                           # whether srun had to be killed
 unfit=''                           # nodes that failed the preflight
+late_s=$((notice_s > 30 ? notice_s - 15 : notice_s / 2)) # after the signal: then it is requeued, saved or not
+step_cpus=() # srun does not take them over; without the option a step has all that its job has
+if [ -n "${SLURM_CPUS_PER_TASK:-}" ]; then step_cpus=("--cpus-per-task=$SLURM_CPUS_PER_TASK"); fi
 me=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID} # an array's id alone would mean all of it
 me=${me:-$SLURM_JOB_ID}
 notes=$job_folder/$stage${SLURM_ARRAY_TASK_ID:+-$SLURM_ARRAY_TASK_ID} # of this element of an array alone
@@ -18,21 +21,36 @@ free_port() { # on this node, which is the first one: from the job's id, so that
     echo "$port"
 }
 
+newest() { cat "$checkpoints/LATEST" 2>/dev/null; }
+
+count_start() { # sets fruitless to the starts just before this one after which no newer checkpoint was there
+    local id counted checkpoint
+    before=$(newest)
+    fruitless=0
+    if read -r id counted checkpoint 2>/dev/null <"$notes.starts" && [ "$id $checkpoint" = "$SLURM_JOB_ID $before" ]; then
+        fruitless=$((counted + 1))
+    fi
+    echo "$SLURM_JOB_ID $fruitless $before" >"$notes.starts"
+}
+
+may_start_again() { [ "$(newest)" != "$before" ] || [ "$fruitless" -lt "${1:-$max_restarts}" ]; }
+
 look_at_nodes() { # sets unfit to the nodes that are not to be used, with a comma between them
     local found=$outcome.nodes nodes_here looking
     port=$(free_port)
     mapfile -t nodes_here < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
     mkdir -p "$found"
-    timeout $((preflight_s + 30)) srun --kill-on-bad-exit=0 --nodes="$SLURM_JOB_NUM_NODES" \
+    timeout $((preflight_s + container_start_s)) srun --kill-on-bad-exit=0 --nodes="$SLURM_JOB_NUM_NODES" \
         --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 "${srun_options[@]}" "${container[@]}" \
         timeout "$preflight_s" "$python" -m slurm.preflight probe "$found" "$head_node" "$port" \
-        "${SLURM_GPUS_ON_NODE:-0}" &
+        "$gpus_per_node" &
     looking=$!
     while kill -0 "$looking" 2>/dev/null; do
         wait "$looking"
         if [ -n "$stopping" ]; then kill "$looking"; return; fi
     done
-    unfit=$("$python" -m slurm.preflight judge "$found" "${nodes_here[@]}")
+    unfit=$(srun --nodes=1 --ntasks=1 --nodelist="$head_node" "${srun_options[@]}" "${container[@]}" \
+        "$python" -m slurm.preflight judge "$found" "${nodes_here[@]}") || { say "the preflight failed"; exit 71; }
     if [ "$(echo "$unfit" | tr ',' '\n' | grep -c .)" = "${#nodes_here[@]}" ]; then
         say "no node is fit: that is not the nodes"
         exit 71
@@ -41,18 +59,17 @@ look_at_nodes() { # sets unfit to the nodes that are not to be used, with a comm
 
 start_ranks() { # one task a node; what stands in single quotes is expanded there
     nodes=$SLURM_JOB_NUM_NODES
-    ranks_here=${ranks_per_node:-${SLURM_GPUS_ON_NODE:-1}}
-    ranks=$((nodes * ranks_here))
+    ranks=$((nodes * ranks_per_node))
     port=$(free_port)
     mkdir -p "$outcome"
-    export nodes ranks head_node port outcome python stage recipe
+    export nodes ranks head_node port outcome python stage recipe launch_config
     say "start $restarts.$attempt: $stage as $ranks ranks on $SLURM_JOB_NODELIST, rendezvous at $head_node:$port"
     # shellcheck disable=SC2016
     srun --kill-on-bad-exit=1 --nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1 \
-        --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" "${srun_options[@]}" "${container[@]}" bash -c '
+        "${step_cpus[@]}" "${srun_options[@]}" "${container[@]}" bash -c '
             trap "" USR1 # the launcher would die of it; the ranks set a handler of their own
             if [ "$ranks" -gt 1 ]; then set -- --multi_gpu --same_network; fi
-            exec "$python" -m accelerate.commands.launch "$@" \
+            exec "$python" -m accelerate.commands.launch --config_file "$launch_config" "$@" \
                 --num_machines "$nodes" --num_processes "$ranks" --machine_rank "$SLURM_NODEID" \
                 --main_process_ip "$head_node" --main_process_port "$port" --rdzv_backend static \
                 --mixed_precision no --dynamo_backend no --num_cpu_threads_per_process "${OMP_NUM_THREADS:-1}" \
@@ -69,6 +86,10 @@ wait_for_ranks() { # until srun ends, or must be ended
         if [ -n "$stopping" ] && [ $((SECONDS - asked)) -ge 3 ]; then
             asked=$SECONDS
             kill -USR1 "$step" 2>/dev/null
+        fi
+        if [ -n "$stopping" ] && [ $((SECONDS - stopping)) -ge "$late_s" ]; then
+            say "the ranks have not ended $late_s s after the signal: what they save now may be lost"
+            requeue
         fi
         # SLURM does not always notice that a node lost its tasks; srun would wait for them for ever.
         if compgen -G "$outcome/*" >/dev/null; then ended=$((ended + 1)); fi
@@ -88,13 +109,18 @@ wait_for_ranks() { # until srun ends, or must be ended
 }
 
 requeue() {
-    if [ $((restarts + attempt)) -gt "$max_restarts" ]; then
-        say "not started again: slurm.max_restarts is $max_restarts. Submit once more to go on"
+    local number
+    if ! may_start_again; then
+        say "no newer checkpoint in $((fruitless + 1)) starts; slurm.max_restarts is $max_restarts. Submit to go on"
         exit 75
     fi
     say "requeueing"
     trap '' TERM # of the requeueing: it must not come between the two commands
-    scontrol requeue "$me" || { say "SLURM does not requeue this job; submit once more to go on"; exit 75; }
+    for number in 1 2 3 4 5 6; do # when many jobs are preempted at once the controller is busy
+        scontrol requeue "$me" && break
+        if [ "$number" = 6 ]; then say "SLURM does not requeue this job; submit once more to go on"; exit 75; fi
+        sleep 5
+    done
     if [ -n "$unfit" ]; then # a job's nodes can be chosen only while it waits
         excluded=$(scontrol show job --oneliner "$me" | sed -n 's/.* ExcNodeList=\([^ ]*\).*/\1/p')
         if [ "$excluded" = '(null)' ]; then excluded=''; fi
@@ -110,6 +136,7 @@ trap 'stopping=${stopping:-$SECONDS}; date +%s >"$notes.stopping"; say "signal: 
 while :; do
     attempt=$((attempt + 1))
     outcome=$job_folder/outcome/$SLURM_JOB_ID.$restarts.$attempt
+    count_start
     if [ -n "$preflight_s" ]; then
         look_at_nodes
         if [ -n "$unfit" ] || [ -n "$stopping" ]; then requeue; fi
@@ -124,15 +151,17 @@ while :; do
     rm -f "$notes.stopping"
     codes=" $(sort -u "$outcome"/* 2>/dev/null | tr '\n' ' ')"
     say "srun ended with $code, ranks with:$codes"
-    for final in 1 2 70 130; do # a gate, a mistake in the recipe, an error in a program: the next start would end alike
+    for final in 1 2 130; do # a gate, a mistake in the recipe: the next start would end alike
         case $codes in *" $final "*) exit "$final" ;; esac
     done
+    # An exception is an error in a program, or a GPU or a network that failed in words of its own: tried again twice.
+    case $codes in *" 70 "*) may_start_again $((max_restarts < 2 ? max_restarts : 2)) || exit 70 ;; esac
     case $codes in *" 75 "*) requeue ;; esac
     if [ "$code" = 0 ] && [ "$codes" = " 0 " ]; then exit 0; fi
     # What is left: ranks were killed, lost, or hung.
     if [ -n "$stopping$stuck" ]; then requeue; fi # what is stuck keeps its place in the allocation
-    if [ $((restarts + attempt)) -gt "$max_restarts" ]; then
-        say "a rank was lost; not started again: slurm.max_restarts is $max_restarts"
+    if ! may_start_again; then
+        say "a rank was lost, and no newer checkpoint in $((fruitless + 1)) starts; slurm.max_restarts is $max_restarts"
         exit 71
     fi
     say "a rank was lost: starting again from the last checkpoint"

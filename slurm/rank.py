@@ -17,16 +17,19 @@ _TRAINS = ("pretrain", "distill")
 
 
 def run(outcome: Path, verb: str, recipe: str) -> NoReturn:
-    """Run a verb as one rank, leave its exit code in the folder `outcome`, and end.
+    """Run a verb as one rank, leave its exit code in the folder `outcome` (<job>.<requeues>.<attempt>), and end.
 
     A rank that was preempted ends with 0: with another code the launcher would kill the ranks that still save.
     """
     if verb not in _TRAINS:
         signal.signal(signal.SIGUSR1, _stop_at_once)
         signal.signal(signal.SIGTERM, _stop_at_once)
+    # `resume: false` is for the first start of a job; at another one it would begin at step 0 again.
+    first = outcome.name.endswith(".0.1")
+    overrides = [] if first or verb not in _TRAINS else [f"{verb}.resume=true"]
     code = EXIT_BROKEN
     try:
-        code = main([verb, recipe])
+        code = main([verb, recipe, *overrides])
     finally:
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # it is over: a late signal changes nothing
         signal.signal(signal.SIGTERM, signal.SIG_IGN)

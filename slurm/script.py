@@ -16,6 +16,8 @@ _PLAIN = re.compile(r"[A-Za-z0-9_.,:@/+=\[\]-]+")
 STRAGGLER_S = 90
 # For the nodes to import torch, from a cold network disk too, and to add up once; slurm/preflight.py waits up to 60.
 PREFLIGHT_S = 180
+# Until srun's tasks run: where the image is fetched first, and else; assumed.
+CONTAINER_START_S, START_S = 1800, 30
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,11 @@ class StageJob:
         """Whether the stage takes nodes and ranks."""
         return self.stage in ("pretrain", "distill")
 
+    @property
+    def ranks_per_node(self) -> int:
+        """One for each GPU, by default."""
+        return self.job.ranks_per_node or (self.gpus_per_node if self.trains else 1) or 1
+
 
 def render(job: StageJob, site: Site) -> str:
     """The text of the script."""
@@ -47,7 +54,7 @@ def render(job: StageJob, site: Site) -> str:
         "",
         f"# The stage `{job.stage}` of lmworks. Values first, then what is the same in every script. Edit it, and",
         "# sbatch it by hand, as you like; the cluster's part comes from the site file, the rest from the recipe.",
-        *_values(job),
+        *_values(job, site),
         *_container(job, site),
         *_environment(job, site),
         "",
@@ -70,7 +77,8 @@ def _directives(job: StageJob, site: Site) -> Iterator[str]:
         "nodes": nodes,
         # A range with one task a node gets the fewest nodes (seen with 22.05); with as many tasks as nodes, the most.
         "ntasks" if wanted.min_nodes else "ntasks-per-node": str(wanted.nodes) if wanted.min_nodes else "1",
-        "cpus-per-task": cpus and str(cpus),
+        # With as many tasks as nodes each may be given to any node: what a node must have is asked for by itself.
+        "mincpus" if wanted.min_nodes else "cpus-per-task": cpus and str(cpus),
         "mem": wanted.memory_gib and f"{wanted.memory_gib}G",
         **_gpus(job.gpus_per_node, site),
         "time": str(wanted.time_minutes or job.slurm.time_minutes),
@@ -106,20 +114,25 @@ def _directive_value(value: str) -> str:
     return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
 
 
-def _values(job: StageJob) -> Iterator[str]:
+def _values(job: StageJob, site: Site) -> Iterator[str]:
     recipe = job.folder / "recipe.yaml"
-    quoted = shlex.quote(str(recipe))
+    quoted, run = shlex.quote(str(recipe)), shlex.quote(str(job.folder.parent))
     if job.elements:
         quoted = f'{shlex.quote(str(job.folder))}/recipe-"$SLURM_ARRAY_TASK_ID".yaml'
-    ranks = job.job.ranks_per_node or (None if job.gpus_per_node and job.trains else 1)
+        run += '/array/"$SLURM_ARRAY_TASK_ID"'
     yield f"stage={job.stage}"
     yield f"recipe={quoted}"
     yield f"job_folder={shlex.quote(str(job.folder))}"
+    yield f"checkpoints={run}/{job.stage}/checkpoints"
+    yield f"launch_config={shlex.quote(str(job.code / 'slurm' / 'accelerate.yaml'))}"
     yield f"python={shlex.quote(job.python)}"
-    yield f"ranks_per_node={ranks}" if ranks else "ranks_per_node='' # one for each GPU that the job gets on a node"
+    yield f"ranks_per_node={job.ranks_per_node}"
+    yield f"gpus_per_node={job.gpus_per_node}"
     yield f"max_restarts={job.slurm.max_restarts}"
     yield f"notice_s={job.slurm.notice_s}"
     yield f"straggler_s={STRAGGLER_S}"
+    fetches = site.container.kind == "pyxis"
+    yield f"container_start_s={CONTAINER_START_S if fetches else START_S}"
     looked_at = job.trains and job.slurm.preflight and (job.job.nodes > 1 or job.gpus_per_node > 0)
     yield f"preflight_s={PREFLIGHT_S}" if looked_at else "preflight_s='' # nodes are not looked at"
 
@@ -129,6 +142,7 @@ def _container(job: StageJob, site: Site) -> Iterator[str]:
     box = site.container
     srun, prefix = [], []
     mounts = [*dict.fromkeys([str(job.workdir), str(job.folder.parent)]), *box.mounts]
+    mounts += [site.scratch] if site.scratch else []
     if box.kind == "pyxis":
         pairs = ",".join(mount if ":" in mount else f"{mount}:{mount}" for mount in mounts)
         srun = [f"--container-image={box.image}", f"--container-mounts={pairs}", f"--container-workdir={job.workdir}"]

@@ -38,9 +38,8 @@ def run(recipe: Recipe, *, stages: Sequence[str], site: str, array: Sequence[str
     paths = [ledger.write_script(stage, text) for stage, text in scripts.items()]
     for path in paths:
         commands.check(path)
-    ledger.jobs = _submit_chain(jobs, paths)
     ledger.elements = [cell.name for cell in cells] if array else []
-    ledger.write()
+    _submit_chain(jobs, paths, ledger)
     for job in jobs:
         print(f"{job.stage}: job {ledger.jobs[job.stage]}, log {ledger.log(job.stage, job.name)}")
     print(f"look: lmworks status {recipe.run_dir}\nstop: lmworks cancel {recipe.run_dir}")
@@ -59,7 +58,24 @@ def plan(recipe: Recipe, stages: Sequence[str], site: Site, array_elements: int)
     for job in jobs:
         if job.trains:
             _require_whole_batches(getattr(recipe, job.stage), job)
+        _require_room(job, site)
     return jobs
+
+
+def _require_room(job: StageJob, site: Site) -> None:
+    """UserError for what SLURM would take and never do well."""
+    cpus = job.job.cpus_per_node or (site.cpus_per_node if job.trains else None)
+    if job.job.min_nodes and cpus and not site.exclusive:
+        raise UserError(
+            f"{job.stage}: min_nodes with {cpus} CPUs a node", "whole nodes", "set exclusive: true in the site file"
+        )
+    limit_s = 60 * (job.job.time_minutes or job.slurm.time_minutes)
+    if job.slurm.notice_s >= limit_s:
+        raise UserError(
+            f"{job.stage}: slurm.notice_s is {job.slurm.notice_s}, and the whole start has {limit_s} s",
+            "a notice that comes after work has begun",
+            "raise time_minutes, or lower notice_s",
+        )
 
 
 def _job(recipe: Recipe, stage: str, site: Site, array_elements: int) -> StageJob:
@@ -86,7 +102,7 @@ def _job(recipe: Recipe, stage: str, site: Site, array_elements: int) -> StageJo
 
 def _require_whole_batches(section: Training, job: StageJob) -> None:
     """UserError where a batch does not fall evenly to the ranks of any number of nodes that the job may get."""
-    ranks = job.job.ranks_per_node or job.gpus_per_node or 1
+    ranks = job.ranks_per_node
     phases = getattr(section, "phases", ())
     for number in range(1 + len(phases)):
         part = section.phase_training(number) if phases else section  # type: ignore[attr-defined] - pretrain has it
@@ -124,7 +140,7 @@ def _warn_of_slow_saves(jobs: Sequence[StageJob]) -> None:
     """
     for job in jobs:
         notice = f"slurm.notice_s is {job.slurm.notice_s}"
-        lasted = [int(path.read_text()) for path in _notes(job, "last_stop_s")]
+        lasted = [int(path.read_text().strip() or 0) for path in _notes(job, "last_stop_s")]
         if _notes(job, "stopping"):
             print(f"warning: {job.stage} was ended while it saved at its last stop; {notice}", file=sys.stderr)
         elif max(lasted, default=0) > job.slurm.notice_s:
@@ -135,13 +151,14 @@ def _notes(job: StageJob, kind: str) -> list[Path]:
     return [*job.folder.glob(f"{job.stage}.{kind}"), *job.folder.glob(f"{job.stage}-[0-9]*.{kind}")]
 
 
-def _submit_chain(jobs: Sequence[StageJob], paths: Sequence[Path]) -> dict[str, str]:
-    """Ids by stage; if SLURM refuses one, those before it are cancelled."""
-    ids: dict[str, str] = {}
+def _submit_chain(jobs: Sequence[StageJob], paths: Sequence[Path], ledger: Ledger) -> None:
+    """Submit the jobs, each noted at once; if SLURM refuses one, those before it are cancelled."""
+    ledger.jobs = {}
     try:
         for job, path, before in zip(jobs, paths, itertools.chain([None], jobs), strict=False):
-            ids[job.stage] = commands.submit(path, ids[before.stage] if before else None, bool(job.elements))
+            after = ledger.jobs[before.stage] if before else None
+            ledger.jobs[job.stage] = commands.submit(path, after, bool(job.elements))
+            ledger.write()
     except UserError:
-        commands.cancel(list(ids.values()))
+        commands.cancel(list(ledger.jobs.values()))
         raise
-    return ids

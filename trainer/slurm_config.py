@@ -43,8 +43,9 @@ class Slurm(Section):
     """Limit of one start of a stage that has none of its own."""
     notice_s: Annotated[int, Field(ge=10, le=65535)] = 120
     """Time between the signal and the end of the job: what saving a checkpoint may take."""
-    max_restarts: Annotated[int, Field(ge=0)] = 20
-    """Starts after the first one, whatever ended the one before: a signal, a lost rank, a dead node."""
+    max_restarts: Annotated[int, Field(ge=0)] = 10
+    """How many starts in a row may end without a newer checkpoint and be followed by another, whatever ended them: a
+    signal, a lost rank, a dead node. A run that gets on is started as often as it takes."""
     preflight: bool = True
     """Look at the nodes before ranks are started on several or on GPUs; one that is not fit is named and excluded."""
     prepare: Job = Job()

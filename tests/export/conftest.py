@@ -157,6 +157,10 @@ def raw_graph(model_folder, tmp_path_factory: pytest.TempPathFactory) -> Callabl
     return give
 
 
+# What `exported_folder` passed. Random weights make near-ties of all logits: int8 is judged here by its error alone.
+GATES = {"parity": {"shapes": [[3, 9]], "int8": {"relative_rms": 0.15, "min_top1": 0.0}}, "quality": None}
+
+
 @pytest.fixture(scope="session")
 def exported_folder(model_folder, documents, tmp_path_factory) -> Callable[[str], Path]:
     """Gives the export folder (fp32 and int8, past the gate) of a tiny model by name, made once; not to be changed."""
@@ -165,9 +169,7 @@ def exported_folder(model_folder, documents, tmp_path_factory) -> Callable[[str]
     from trainer.export_config import Export
 
     root = tmp_path_factory.mktemp("exported")
-    # Random weights make near-ties of all logits, so that int8 is judged here by its error alone.
-    section = {"parity": {"shapes": [[3, 9]], "int8": {"relative_rms": 0.15, "min_top1": 0.0}}, "quality": None}
-    settings = Export.model_validate(section)
+    settings = Export.model_validate(GATES)
 
     def give(name: str) -> Path:
         folder = root / "export" / name
@@ -187,7 +189,7 @@ def packed(exported_folder, model_folder, tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("packing")
     for name in PACKED:
         shutil.copytree(exported_folder(name), root / "export" / name)
-    export = {"models": {name: str(model_folder(name)) for name in PACKED}}
+    export = GATES | {"models": {name: str(model_folder(name)) for name in PACKED}}
     pack.run(Recipe.model_validate({"run_dir": root, "export": export, "pack": {"variant": "fp32", "top_k": 3}}))
     return root / "pack"
 

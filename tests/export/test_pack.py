@@ -18,11 +18,12 @@ from export.engine_files import Place, plan_name, write_manifest
 from export.io_spec import BATCH, SEQUENCE, IoSpec, Port, read_spec
 from export.triton_config import Names, network_config, tokenizer_config
 from export.triton_image import triton_image
-from tests.export.conftest import MAX_LENGTH, PACKED, VOCABULARY
+from tests.export.conftest import GATES, MAX_LENGTH, PACKED, VOCABULARY
 from trainer.__main__ import main
 from trainer.artifact import content_hash, hash_file, hash_tree, read_artifact, write_artifact, write_json
 from trainer.config import Recipe
 from trainer.errors import GateFailed, UserError
+from trainer.export_config import Export, Quality
 from trainer.serving_config import Pack
 
 
@@ -33,7 +34,7 @@ def recipe(exported_folder, model_folder, tmp_path):
     def make(*names: str, **settings) -> Recipe:
         for name in names:
             shutil.copytree(exported_folder(name), tmp_path / "export" / name)
-        export = {"models": {name: str(model_folder(name)) for name in names}}
+        export = GATES | {"models": {name: str(model_folder(name)) for name in names}}
         return Recipe.model_validate({"run_dir": tmp_path, "export": export, "pack": settings})
 
     return make
@@ -236,6 +237,29 @@ def test_what_was_not_verified_is_not_packed(recipe, tmp_path):
         assert [path.name for path in (tmp_path / "pack").iterdir()] == ["bert"]
 
 
+def test_a_form_that_passed_looser_gates_than_the_recipes_is_not_packed(recipe):
+    one = recipe("bert")
+    assert one.export is not None
+    strict = Export.model_validate(GATES | {"parity": {"int8": {"relative_rms": 1e-5}}})
+    for export, message in (
+        (strict.model_copy(update={"models": one.export.models}), "has not passed the export.parity.int8 of this"),
+        (one.export.model_copy(update={"quality": Quality()}), "has not passed the export.quality of this recipe"),
+    ):
+        with pytest.raises(GateFailed, match=message):
+            pack.run(one.model_copy(update={"export": export}))
+
+
+def test_weights_that_were_overwritten_in_place_are_noticed(recipe, tmp_path):
+    """The record of the model's folder still says what they were."""
+    one, source = recipe("bert"), tmp_path / "model"
+    assert one.export is not None
+    shutil.copytree(one.export.models["bert"], source)
+    write_artifact(source, "model", recipe_sha256="", parents={})
+    (source / "model.safetensors").write_bytes(b"others")
+    with pytest.raises(GateFailed, match="was exported from another"):
+        pack.run(one.model_copy(update={"export": one.export.model_copy(update={"models": {"bert": source}})}))
+
+
 def test_an_export_that_changes_while_it_is_packed_is_not_packed(recipe, tmp_path, monkeypatch):
     def changes(partial, subject):
         (subject.folder / "model.onnx").write_bytes(b"another")
@@ -277,7 +301,9 @@ def test_a_variant_or_model_that_is_not_there_is_named(recipe, tmp_path, exporte
 def test_the_verb_packs_and_says_so(recipe, tmp_path, capsys):
     one = recipe("gpt2", models=["gpt2"])
     path = tmp_path / "recipe.yaml"
-    path.write_text(json.dumps(one.model_dump(mode="json", exclude_none=True)))
+    tree = one.model_dump(mode="json", exclude_none=True)
+    tree["export"]["quality"] = None
+    path.write_text(json.dumps(tree))
     assert main(["pack", str(path)]) == 0
     said = capsys.readouterr().out
     assert re.match(rf"gpt2: int8 \(0.\d MiB\) of fp32, int8, for {triton_image()}; lmworks serve ", said)

@@ -21,7 +21,7 @@ from export.tensorrt_library import load_library
 from export.tensorrt_runner import open_engine
 from export.to_tensorrt import Builder, build_engines, choose_capabilities, products, profile_shapes
 from export.verified import Verified, examine
-from tests.export.conftest import CONFIGS, MAX_LENGTH
+from tests.export.conftest import CONFIGS, GATES, MAX_LENGTH
 from trainer.artifact import hash_file, read_artifact
 from trainer.config import Recipe
 from trainer.errors import GateFailed, UserError
@@ -183,7 +183,7 @@ def recipe(exported_folder, model_folder, tmp_path):
         (tmp_path / "export").mkdir(exist_ok=True)
         if not (tmp_path / "export" / "bert").exists():
             (tmp_path / "export" / "bert").symlink_to(exported_folder("bert"))
-        export = {"models": {"bert": str(model_folder("bert"))}}
+        export = GATES | {"models": {"bert": str(model_folder("bert"))}}
         return Recipe.model_validate({"run_dir": tmp_path, "export": export, "tensorrt": section.model_dump()}), section
 
     return make

@@ -117,6 +117,7 @@ def test_gpus_and_ranks_are_laid_out_on_two_nodes_of_four(cluster, recipe, actin
         ("echo 75", "FAILED", 1, 2),  # asked to stop, until max_restarts
         ("exit 1", "FAILED", 0, 2),  # killed: no code; again within the allocation, until max_restarts
         ("echo 71", "FAILED", 0, 2),
+        ("echo 70", "FAILED", 0, 2),  # an exception: it may be a GPU's or the network's
     ],
 )
 def test_what_follows_from_the_ranks_code(cluster, recipe, acting, code, state, restarts, starts):
@@ -126,6 +127,29 @@ def test_what_follows_from_the_ranks_code(cluster, recipe, acting, code, state, 
     assert chain.ended() == state
     assert (chain.restarts(), chain.log().count(": start ")) == (restarts, starts), chain.log()
     assert chain.ended("distill") == "CANCELLED"  # --kill-on-invalid-dep
+
+
+def test_ranks_that_save_too_long_do_not_end_the_chain(cluster, recipe, acting):
+    """They ignore the signal; the job is requeued before SLURM would end it for good, and is over at its next start."""
+    lines = (
+        '[ "${SLURM_RESTART_COUNT:-0}" = 1 ] || { trap "" USR1 TERM; touch "$outcome.waits"; sleep 600 & wait; wait; }'
+    )
+    path = recipe(slurm={"preflight": False, "notice_s": 10})
+    chain = cluster.submit(path, "pretrain", "--site", acting(f'{lines}\necho 0 >"$outcome/0"'))
+    chain.until(lambda: list((chain.run_dir / "slurm" / "outcome").glob("*.waits")))
+    chain.signal()
+    assert (chain.ended(), chain.restarts()) == ("COMPLETED", 1), chain.log()
+    assert "the ranks have not ended 5 s after the signal" in chain.log()
+
+
+def test_only_starts_without_a_newer_checkpoint_are_counted(cluster, recipe, acting):
+    """Three starts that bring one each, then two that do not."""
+    newer = 'mkdir -p "$to"; [ "${SLURM_RESTART_COUNT:-0}" -ge 3 ] || echo "${SLURM_RESTART_COUNT:-0}" >"$to/LATEST"'
+    path = recipe(slurm={"preflight": False, "max_restarts": 1, "pretrain": {"nodes": 1}})
+    lines = f'to={path.parent}/run/pretrain/checkpoints\n{newer}\necho 75 >"$outcome/0"'
+    chain = cluster.submit(path, "pretrain", "--site", acting(lines))
+    assert chain.ended() == "FAILED" and chain.log().count(": start ") == 5, chain.log()
+    assert "no newer checkpoint in 2 starts" in chain.log()
 
 
 def test_ranks_that_never_end_are_ended_when_one_did(cluster, recipe, acting):

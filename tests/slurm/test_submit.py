@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from slurm import frozen, ledger
+from slurm import frozen, ledger, rank
 from slurm.grid import elements
 from slurm.script import StageJob, render
 from slurm.site import Container, Site, load_site
@@ -205,7 +205,8 @@ def test_an_array_is_the_product_of_its_axes():
     assert [(cell.recipe.seed, cell.recipe.pretrain.optim.learning_rate) for cell in cells] == [
         (0, 1e-3), (0, 3e-4), (1, 1e-3), (1, 3e-4)
     ]  # fmt: skip
-    assert elements(recipe, ["slurm.max_restarts=1"])[0].recipe.slurm.max_restarts == 1
+    with pytest.raises(UserError, match="all elements are jobs of one shape"):
+        elements(recipe, ["slurm.max_restarts=1"])
     assert cells[3].recipe.run_dir == Path("runs/quickstart/array/3")
 
 
@@ -217,6 +218,32 @@ def test_a_rank_leaves_its_code_where_the_script_finds_it(tmp_path, verb, recipe
     done = subprocess.run(command, cwd=ROOT, env=os.environ | {"RANK": "3"}, capture_output=True, text=True)
     assert (tmp_path / "3").read_text() == f"{code}\n", done.stderr
     assert done.returncode != 0
+
+
+def test_only_the_first_start_of_a_job_may_begin_anew(tmp_path, monkeypatch):
+    """`resume: false` in the recipe would else throw away what the job's own earlier starts made."""
+    given = []
+    monkeypatch.setattr(rank, "main", lambda words: given.append(words[2:]) or 0)
+    monkeypatch.setattr(rank, "leave", lambda code: None)
+    monkeypatch.setattr(rank.signal, "signal", lambda *_: None)
+    for name, verb in (("71.0.1", "pretrain"), ("71.0.2", "pretrain"), ("71.3.1", "distill"), ("71.3.1", "prepare")):
+        (tmp_path / name).mkdir(exist_ok=True)
+        rank.run(tmp_path / name, verb, "recipe.yaml")
+    assert given == [[], ["pretrain.resume=true"], ["distill.resume=true"], []]
+
+
+def test_what_slurm_would_take_and_do_badly_is_refused():
+    recipe = load_recipe("quickstart", ["slurm.pretrain.nodes=2", "slurm.pretrain.min_nodes=1"])
+    halves = load_recipe("quickstart", ["pretrain.micro_batch_size=16"])
+    few = recipe.model_copy(update={"pretrain": halves.pretrain})
+    with pytest.raises(UserError, match=r"min_nodes with 96 CPUs a node[\s\S]*exclusive: true"):
+        plan(few, ["pretrain"], Site(cpus_per_node=96), 0)
+    (job,) = plan(few, ["pretrain"], whole := Site(cpus_per_node=96, exclusive=True), 0)
+    text = render(job, whole)
+    assert "#SBATCH --mincpus=96" in text and "#SBATCH --cpus-per-task" not in text
+    short = load_recipe("quickstart", ["slurm.time_minutes=2", "slurm.notice_s=120"])
+    with pytest.raises(UserError, match="notice_s is 120, and the whole start has 120 s"):
+        plan(short, ["prepare"], Site(), 0)
 
 
 def test_a_signal_that_was_ignored_is_ignored_again_when_training_is_over():
