@@ -73,7 +73,7 @@ def read_results(recipe: Recipe) -> Results:
         tokenizer=_artifact(recipe.tokenizer_dir),
         trained={name: one for name, stage in STAGES.items() if (one := _trained(recipe, name, stage))},
         exported=exported,
-        verified={pair: good for name, record in exported.items() for pair, good in _proofs(name, record, export)},
+        verified={pair: good for name, record in exported.items() for pair, good in _proofs(recipe, name, record)},
         bench=_bench(recipe),
         chain=(_json(folder / "chain.json") or {}).get("stages", {}),
     )
@@ -287,15 +287,18 @@ def _trained(recipe: Recipe, name: str, stage: str) -> Trained | None:
     )
 
 
-def _proofs(name: str, record: Row, export: Path) -> Iterable[tuple[tuple[str, str], bool]]:
-    """For each ONNX file of an export: whether there is evidence of parity that was measured on its very bytes."""
+def _proofs(recipe: Recipe, name: str, record: Row) -> Iterable[tuple[tuple[str, str], bool]]:
+    """For each ONNX file of an export: whether there is evidence of parity that was measured on its very bytes, with
+    the model that is there now."""
+    export, model = recipe.stage_dir("export"), recipe.exported_models().get(name)
+    current = model is None or not model.is_dir() or record["parents"].get("model") == content_hash(model)
     proofs = {proof["file"]: proof for proof in record["evidence"] if proof["what"].startswith("parity_")}
     for backend, file in ONNX_FILES.items():
         path = export / name / file
         if path.is_file():
             proof = proofs.get(file)
             passed = proof is not None and proof.get("passed", True) and is_the_one(proof, path)
-            yield (name, backend), passed
+            yield (name, backend), passed and current
 
 
 def _bench(recipe: Recipe) -> Row | None:

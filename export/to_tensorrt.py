@@ -214,11 +214,19 @@ def prove(recipe: Recipe, settings: TensorRT, what: str, subject: Subject, one: 
     most = max(profile.batch_size[2] for profile in settings.profiles)
     longest = min(parity.max_length, *(profile.sequence_length[2] for profile in settings.profiles))
     shapes = [shape for shape in parity.shapes if shape[0] <= most and shape[1] <= longest]
-    cases = make_cases(load_documents(recipe, subject.folder), subject.spec, shapes, longest, recipe.seed)
+    made = make_cases(load_documents(recipe, subject.folder), subject.spec, shapes, longest, recipe.seed)
+    cases = [case for case in made if any(_takes(profile, *case.mask_BT.shape) for profile in settings.profiles)]
+    if not cases:
+        raise UserError(f"{what}: no case of export.parity.shapes is within a profile", "one", "add such a shape")
     source = open_onnx(subject.variants.get("fp32", one).file, usable_threads())
     expected = [source.run(case.inputs) for case in cases]
     candidate: Any = open_engine(plan, subject.spec, one.file)
     return check_parity(what, subject.spec, candidate, cases, expected, getattr(parity, one.variant))
+
+
+def _takes(profile: Profile, batch: int, length: int) -> bool:
+    (fewest, _, most), (shortest, _, longest) = profile.batch_size, profile.sequence_length
+    return fewest <= batch <= most and shortest <= length <= longest
 
 
 def choose_variants(settings: TensorRT, builder: Builder, subject: Subject) -> list[Verified]:
