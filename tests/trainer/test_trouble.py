@@ -149,6 +149,10 @@ def run(written_recipe):
     return session.wire(model, language_model, {})
 
 
+def folder_of_step(run, step):
+    return run.checkpoints._folder / f"step-{step:08d}"
+
+
 def test_saving_in_the_background_saves_what_was_there(run, monkeypatch):
     """Parameters and moments change right after the call returns, before a byte is written."""
     import threading
@@ -175,6 +179,24 @@ def test_saving_in_the_background_saves_what_was_there(run, monkeypatch):
     for entry, tensor in expected.items():
         key, start, name = entry.split("/", 2)
         assert torch.equal(files.load(key, name, int(start), tensor.numel()), tensor)
+
+
+def test_a_step_that_is_saved_is_not_written_again(run, monkeypatch):
+    """A signal right after a save: the checkpoint stays untouched all the while, and only its state may change."""
+    run.checkpoints.save(1, {"tokens": 8, "rewinds": 0})
+    folder = folder_of_step(run, 1)
+    before = {path.name: path.stat().st_ino for path in folder.iterdir()}
+
+    def refuse(*_):
+        raise AssertionError("written or removed again")
+
+    monkeypatch.setattr(checkpoint, "write_file", refuse)
+    monkeypatch.setattr(checkpoint.shutil, "rmtree", refuse)
+    run.checkpoints.save(1, {"tokens": 8, "rewinds": 0})
+    assert {path.name: path.stat().st_ino for path in folder.iterdir()} == before
+    run.checkpoints.save(1, {"tokens": 8, "rewinds": 1})
+    assert json.loads((folder / "COMMITTED").read_text())["state"]["rewinds"] == 1
+    assert run.checkpoints.load_newest().state["rewinds"] == 1
 
 
 def test_fragments_are_found_however_they_are_cut(tmp_path):

@@ -55,17 +55,21 @@ class Checkpoints:
         """Write a checkpoint; it exists only once every rank's file is on disk and hashed.
 
         in_background: only a copy in host memory is taken before this returns. A disk that is full is said, and the
-        run goes on from the checkpoints that are there; any other failure to write ends it.
+        run goes on from the checkpoints that are there; any other failure to write ends it. A step that this run has
+        saved already, as when a signal comes right after, is not written again.
         """
         self.finish()
         partial = self._path(step).with_name(f"{self._path(step).name}.partial")
         self._failure: OSError | None = None
+        marker = {"step": step, "state": state | self._engine.state(), "identity": self._identity}
+        if self._engine.ranks.from_main(self._engine.is_main and self._is_there(step, marker)):
+            self._settled(f"looking at the checkpoint of step {step}")
+            return
         if self._engine.is_main:
             self._make(partial)
         if not self._settled(f"beginning the checkpoint of step {step}"):
             return
         entries = self._engine.snapshot()
-        marker = {"step": step, "state": state | self._engine.state(), "identity": self._identity}
         self._writing = threading.Thread(target=self._write, args=(step, partial, entries, marker), name="checkpoint")
         self._writing.start()
         if not in_background:
@@ -119,6 +123,18 @@ class Checkpoints:
         return FragmentFiles([self._path(step) / name for name in marker["files"]])
 
     # ---- writing ---------------------------------------------------------------------------------------------------
+
+    def _is_there(self, step: int, marker: dict[str, Any]) -> bool:
+        """Whether this run has committed `step`. Its weights are these: they were saved, or loaded, at this step."""
+        there = _marker(self._path(step))
+        if isinstance(there, str) or there["identity"] != self._identity:
+            return False
+        try:
+            if there["state"] != marker["state"]:  # a loss spike came after it: other batches will follow
+                write_json(self._path(step) / _MARKER, marker | {"files": there["files"]})
+        except OSError as error:
+            self._failure = error
+        return True
 
     def _make(self, partial: Path) -> None:
         try:
@@ -181,7 +197,7 @@ class Checkpoints:
         write_json(partial / _MARKER, marker | {"files": files})
         sync_tree(partial)
         target = self._path(step)
-        if target.exists():  # saved a second time, after another evaluation: the same numbers
+        if target.exists():  # not a whole one, see `_is_there`
             (target / _MARKER).unlink(missing_ok=True)
             shutil.rmtree(target)
         partial.rename(target)
