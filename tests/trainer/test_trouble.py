@@ -141,6 +141,23 @@ def test_any_other_failure_to_write_ends_the_run(written_recipe, monkeypatch, ca
     assert "could not be written (rank 0" in capfd.readouterr().err
 
 
+def test_an_old_checkpoint_that_cannot_be_removed_is_said_and_the_run_goes_on(written_recipe, monkeypatch, capfd):
+    path = written_recipe(keep_last=1)
+    real = checkpoint.shutil.rmtree
+
+    def busy(folder, ignore_errors=False):
+        if folder.name == "step-00000004":
+            raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY), str(folder))
+        real(folder, ignore_errors)
+
+    monkeypatch.setattr(checkpoint.shutil, "rmtree", busy)
+    assert main(["pretrain", str(path)]) == 0
+    said = " ".join(capfd.readouterr().err.split())
+    assert "step-00000004 could not be removed" in said and "Directory not empty" in said
+    left = sorted(saved.name for saved in (folder_of(path) / "checkpoints").iterdir())
+    assert left == ["LATEST", "step-00000004", "step-00000012"]
+
+
 @pytest.fixture
 def run(written_recipe):
     recipe = load_recipe(str(written_recipe()))

@@ -207,9 +207,12 @@ class Checkpoints:
 
     def _forget_old(self) -> None:
         for path in self._paths()[: -self._training.keep_last]:
-            (path / _MARKER).unlink(missing_ok=True)  # first, so that a half-deleted one is never taken for whole
-            sync_folder(path)
-            shutil.rmtree(path)
+            try:
+                (path / _MARKER).unlink(missing_ok=True)  # first, so that a half-deleted one is never taken for whole
+                sync_folder(path)
+                shutil.rmtree(path)
+            except OSError as error:  # on NFS, files that another process still has open
+                self._say(f"old checkpoint {path} could not be removed ({error}); going on, the next save tries again")
 
     # ---- choosing --------------------------------------------------------------------------------------------------
 
