@@ -141,6 +141,16 @@ def test_any_other_failure_to_write_ends_the_run(written_recipe, monkeypatch, ca
     assert "could not be written (rank 0" in capfd.readouterr().err
 
 
+def test_whatever_goes_wrong_in_a_commit_is_said(run, monkeypatch):
+    def broken(path, value):
+        raise ValueError("a number that JSON has not")
+
+    monkeypatch.setattr(checkpoint, "write_json", broken)
+    with pytest.raises(UserError, match="ValueError: a number that JSON has not"):
+        run.checkpoints.save(1, {"tokens": 0})
+    assert not list(run.checkpoints._folder.iterdir())
+
+
 def test_an_old_checkpoint_that_cannot_be_removed_is_said_and_the_run_goes_on(written_recipe, monkeypatch, capfd):
     path = written_recipe(keep_last=1)
     real = checkpoint.shutil.rmtree

@@ -23,6 +23,7 @@ from trainer.errors import DISK_FULL, OtherRun, UserError
 
 _MARKER, _LATEST = "COMMITTED", "LATEST"
 _POLL_S = 0.05
+_REPORT_SHARE = 0.75  # of the collective timeout; the rest is for ranks that were done before rank 0. Assumed.
 
 
 def run_identity(stage: Training, seed: int, inputs: dict[str, str]) -> dict[str, Any]:
@@ -90,7 +91,10 @@ class Checkpoints:
         every_full = not self._engine.ranks.agree(not full, doing)
         said = [f"rank {rank}: {text}" for rank, text in enumerate(failures) if text is not None]
         if said and not every_full:
-            raise UserError(f"the checkpoint could not be written ({'; '.join(said)})", "a folder that can be written")
+            raise UserError(
+                f"the checkpoint could not be written ({'; '.join(said)})",
+                "a folder that every rank can write, and in which rank 0 sees what the others write",
+            )
         if said:
             self._say(f"checkpoint not written, going on without it ({'; '.join(said)}); the last one is kept")
         return not said
@@ -160,11 +164,11 @@ class Checkpoints:
         if world > 1:
             self._hand_in(partial, rank, report)
         if rank == 0:
-            reports = self._handed_in(partial, world) if world > 1 else [report]
             try:
+                reports = self._handed_in(partial, world) if world > 1 else [report]
                 self._commit(step, partial, reports, marker)
-            except OSError as error:
-                self._failure = error
+            except Exception as error:  # a thread's exception is seen by nobody, and the checkpoint would just be absent
+                self._failure = _as_os_error(error)
                 shutil.rmtree(partial, ignore_errors=True)
 
     def _hand_in(self, partial: Path, rank: int, report: dict[str, Any]) -> None:
@@ -178,12 +182,15 @@ class Checkpoints:
                 path.touch()
 
     def _handed_in(self, partial: Path, world: int) -> list[dict[str, Any]]:
-        """Every rank's report. A rank that never hands one in is given up after the collective timeout."""
-        deadline = time.monotonic() + self._training.engine.collective_timeout_s
+        """Every rank's report. OSError if one is not seen, in time for the ranks that wait for this one by then."""
+        wait_s = _REPORT_SHARE * self._training.engine.collective_timeout_s
+        deadline = time.monotonic() + wait_s
         paths = [partial / f"rank-{rank:05d}.json" for rank in range(world)]
-        while time.monotonic() < deadline and not all(path.is_file() for path in paths):
+        while (unseen := [path.name for path in paths if not path.is_file()]) and time.monotonic() < deadline:
             time.sleep(_POLL_S)
-        written = [path.read_text() if path.is_file() else "" for path in paths]
+        if unseen:
+            raise OSError(errno.ETIMEDOUT, f"not seen by rank 0 within {wait_s:g} s: {', '.join(unseen)}", str(partial))
+        written = [path.read_text() for path in paths]
         reports = [json.loads(text) if text else {"error": "no report"} for text in written]
         for path in paths:
             path.unlink(missing_ok=True)
@@ -286,7 +293,7 @@ def _as_os_error(error: Exception) -> OSError:
     if isinstance(error, OSError):
         return error
     full = "No space left" in str(error) or "os error 28" in str(error)
-    return OSError(errno.ENOSPC if full else errno.EIO, str(error))
+    return OSError(errno.ENOSPC if full else errno.EIO, f"{type(error).__name__}: {error}")
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
