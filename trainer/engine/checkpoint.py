@@ -109,7 +109,10 @@ class Checkpoints:
         return None
 
     def load_newest(self) -> Resumed | None:
-        """Load the newest whole checkpoint; None if there is none. Broken ones are named and kept."""
+        """Load the newest whole checkpoint; None if there is none at all. Broken ones are named and kept.
+
+        Raises UserError if all are broken.
+        """
         chosen = self._newest_whole()
         if chosen is None:
             return None
@@ -226,6 +229,7 @@ class Checkpoints:
     def _newest_whole(self) -> dict[str, Any] | None:
         """The marker of the newest checkpoint without a fault; ranks share the hashing, and agree."""
         ranks = self._engine.ranks
+        broken: dict[Path, str] = {}
         for path in ranks.from_main(list(reversed(self._paths())) if ranks.is_main else None):
             marker = ranks.from_main(_marker(path) if ranks.is_main else None)
             faults = [marker] if isinstance(marker, str) else ranks.gather(self._fault(path, marker["files"]))
@@ -233,22 +237,38 @@ class Checkpoints:
             if fault is None:
                 assert isinstance(marker, dict)
                 self._require_same_run(path, marker["identity"])
+                if ranks.is_main:
+                    self._keep_broken(broken)
                 return marker
-            if ranks.is_main:
-                kept = free_name(path.with_name(f"broken-{path.name}"))
-                path.rename(kept)
-                self._say(f"checkpoint {path} is broken ({fault}); kept as {kept.name}, taking an older one")
+            broken[path] = fault
+        if broken:  # one node with an old view of the folder is enough to see it so: nothing is touched
+            lines = [f"  {path.name}: {fault}" for path, fault in broken.items()]
+            raise UserError(
+                "\n".join([f"every checkpoint in {self._folder} is broken:", *lines]),
+                "a whole one to go on from",
+                "see that every node sees those files and run again, or set them aside and begin at step 0 with "
+                "<stage>.resume=false",
+            )
         return None
+
+    def _keep_broken(self, broken: dict[Path, str]) -> None:
+        for path, fault in broken.items():
+            kept = free_name(path.with_name(f"broken-{path.name}"))
+            path.rename(kept)
+            self._say(f"checkpoint {path} is broken ({fault}); kept as {kept.name}, taking an older one")
 
     def _fault(self, path: Path, files: dict[str, str]) -> str | None:
         """What is wrong with this rank's share of the files."""
         for number, (name, digest) in enumerate(files.items()):
             if number % self._engine.world != self._engine.ranks.rank:
                 continue
-            if not (path / name).is_file():
+            try:
+                if hash_file(path / name) != digest:
+                    return f"{name} is not what was written"
+            except FileNotFoundError:
                 return f"{name} is missing"
-            if hash_file(path / name) != digest:
-                return f"{name} is not what was written"
+            except OSError as error:
+                return f"{name} cannot be read: {error}"
         return None
 
     def _require_same_run(self, path: Path, identity: dict[str, Any]) -> None:
@@ -283,6 +303,8 @@ def _marker(path: Path) -> dict[str, Any] | str:
             return f"its {_MARKER} marker is unreadable"
     except FileNotFoundError:
         return f"no {_MARKER} marker"
+    except OSError as error:
+        return f"its {_MARKER} marker cannot be read: {error}"
     except (ValueError, KeyError, TypeError):
         return f"its {_MARKER} marker is unreadable"
     return marker
