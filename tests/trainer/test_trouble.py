@@ -5,6 +5,7 @@ import json
 import math
 import os
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -12,6 +13,7 @@ from transformers import AutoModelForMaskedLM
 
 import trainer.engine.checkpoint as checkpoint
 import trainer.engine.consolidate as consolidate
+import trainer.engine.fragments as fragments
 import trainer.engine.loop as loop
 from trainer.__main__ import main
 from trainer.config import deciding_settings
@@ -237,6 +239,31 @@ def test_fragments_are_found_however_they_are_cut(tmp_path):
     assert files.keys == {"weight", "exp_avg"}
     with pytest.raises(KeyError, match="7 of the elements 0 to 20"):
         files.load("exp_avg", "a/b.c", 0, 20)
+
+
+@pytest.mark.skipif(not hasattr(psutil.Process, "memory_maps"), reason="open files cannot be listed here")
+@pytest.mark.parametrize(("most_open", "opened"), [(500, 3), (2, 3 + 3 * 4)])
+def test_each_file_is_opened_once_while_no_more_than_the_limit_are(tmp_path, monkeypatch, most_open, opened):
+    """Three ranks' files, four parameters with a piece in each; what is closed is really closed."""
+    whole = torch.arange(12.0)
+    paths = [tmp_path / f"rank-{rank}" for rank in range(3)]
+    for rank, path in enumerate(paths):
+        piece = whole[rank * 4 : rank * 4 + 4]
+        fragments.write_file(path, {f"weight/{rank * 4}/layer.{number}": piece + number for number in range(4)})
+    calls, real = [], fragments.safe_open
+    monkeypatch.setattr(fragments, "safe_open", lambda path, kind: calls.append(path) or real(path, kind))
+    monkeypatch.setattr(fragments, "_MOST_OPEN", most_open)
+    files = FragmentFiles(paths)
+    for number in range(4):
+        assert torch.equal(files.load("weight", f"layer.{number}", 0, 12), whole + number)
+    assert len(calls) == opened
+
+    def mapped():
+        return {entry.path for entry in psutil.Process().memory_maps()} & set(map(str, paths))
+
+    assert len(mapped()) == min(most_open, 3)
+    del files
+    assert not mapped()
 
 
 def test_a_model_folder_of_several_files_opens(written_recipe, monkeypatch):
