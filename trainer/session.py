@@ -28,6 +28,7 @@ from trainer.engine.launch import release_signals, stop_requested, watch_signals
 from trainer.engine.loop import Part, Progress, Run, resume, train
 from trainer.engine.metrics import Log, Meter
 from trainer.engine.optim import build_optimizer
+from trainer.engine.ranks import naming_who_never_came
 from trainer.engine.trouble import Trouble
 from trainer.environment import describe, launch_command, peak_flops
 from trainer.errors import Preempted
@@ -70,7 +71,8 @@ class Session:
         self.tokenizer = load_tokenizer(recipe.tokenizer_dir)
         self.causal = objective.name == "causal_lm"
         self._folder = folder or recipe.stage_dir(stage)
-        self.engine = Engine(training, self._folder)
+        with naming_who_never_came():
+            self.engine = Engine(training, self._folder)
         self._batches = tuple(self._batch_plans())  # before a model is built that could not be trained
         steps = training.total_steps if isinstance(training, Pretrain) else training.max_steps
         self._log = Log(self._folder, stage, steps, self.engine.is_main)
@@ -79,7 +81,7 @@ class Session:
         """Train `model` on `objective` and write the model folder; `parents` are the folders it was made from."""
         inputs = {"data": content_hash(self._recipe.data_dir), "tokenizer": content_hash(self._recipe.tokenizer_dir)}
         inputs |= {name: content_hash(folder) for name, folder in parents.items()}
-        with self._log:
+        with self._log, self.engine.ranks.naming_the_lost():
             run = self.wire(model, objective, inputs)
             metrics = self._train(run)
             if self.engine.is_main:
@@ -94,12 +96,7 @@ class Session:
     def _train(self, run: Run) -> dict[str, float]:
         step = resume(run)
         self._describe_run()  # only now: a refused attempt must not overwrite what the run before was made with
-        try:
-            return train(run, step)
-        except RuntimeError as error:  # a strategy's own collectives miss a rank before the host's do
-            if (lost := self.engine.ranks.lost(error)) is not error:
-                raise lost from error
-            raise
+        return train(run, step)
 
     def wire(self, model: PreTrainedModel, objective: Objective, inputs: dict[str, str]) -> Run:
         """The pieces of the run, ready for its first step; `inputs` are content hashes of what it is made from."""

@@ -277,3 +277,11 @@ def test_a_rank_that_hangs_is_named_and_ends_the_run(recipe, tmp_path):
     assert codes == [[71, -9], [75, 75]], said[-3000:]
     assert "waited for rank 1 (last seen" in said and "Traceback" not in said
     assert rows(path, "resume")
+
+
+def test_a_rank_whose_file_is_not_seen_is_named(recipe, tmp_path):
+    """Rank 0 gives the checkpoint up before the others give rank 0 up, and both end with the same message."""
+    command = ["pretrain", str(recipe("unseen", micro_batch_size=2)), "pretrain.engine.collective_timeout_s=8"]
+    codes, said = run_forked(tmp_path, [{"ranks": 2, "arguments": command, "fault": "unseen_report"}])
+    assert codes == [[2, 2]], said[-3000:]
+    assert "not seen by rank 0 within 6 s: rank-00001.json" in said and "Traceback" not in said

@@ -1,5 +1,6 @@
 """Kill at any instant, break any file: the run goes on where it was, to the bit."""
 
+import errno
 import json
 import os
 import signal
@@ -154,6 +155,12 @@ def flip_a_byte(path):
     path.write_bytes(content)
 
 
+def make_a_folder_of(path):
+    """What no process can read, whoever it runs as."""
+    path.unlink()
+    path.mkdir()
+
+
 @pytest.mark.parametrize(
     ("fault", "reason"),
     [
@@ -162,6 +169,8 @@ def flip_a_byte(path):
         (lambda folder: (folder / FILE).unlink(), f"{FILE} is missing"),
         (lambda folder: (folder / "COMMITTED").unlink(), "no COMMITTED marker"),
         (lambda folder: (folder / "COMMITTED").write_text("{"), "marker is unreadable"),
+        (lambda folder: make_a_folder_of(folder / FILE), f"{FILE} cannot be read: [Errno {errno.EISDIR}]"),
+        (lambda folder: make_a_folder_of(folder / "COMMITTED"), "marker cannot be read: [Errno"),
     ],
 )
 def test_a_broken_checkpoint_is_named_skipped_and_kept(half_done, capfd, fault, reason):
@@ -175,11 +184,28 @@ def test_a_broken_checkpoint_is_named_skipped_and_kept(half_done, capfd, fault, 
     assert_same_run(unbroken, stopped)
 
 
-def test_all_broken_means_from_the_beginning(half_done):
+def test_all_broken_is_an_error_that_touches_nothing(half_done, capfd):
+    """Not a beginning at step 0, which nobody asked for; one node that does not see the files is enough for it."""
+    unbroken, stopped, checkpoints = half_done
+    (checkpoints / "step-00000004" / FILE).rename(checkpoints / "elsewhere")
+    (checkpoints / "step-00000008" / "COMMITTED").unlink()
+    for _ in range(2):  # the second time as the first
+        assert main(["pretrain", str(stopped)]) == 2
+        said = " ".join(capfd.readouterr().err.split())
+        assert f"step-00000008: no COMMITTED marker step-00000004: {FILE} is missing" in said
+        assert "<stage>.resume=false" in said
+    (checkpoints / "elsewhere").rename(checkpoints / "step-00000004" / FILE)
+    assert main(["pretrain", str(stopped)]) == 0
+    assert [row["step"] for row in events(stopped, "resume")] == [4]
+    assert_same_run(unbroken, stopped)
+
+
+def test_all_broken_may_be_set_aside(half_done):
     unbroken, stopped, checkpoints = half_done
     for path in checkpoints.glob("step-*"):
         (path / "COMMITTED").unlink()
-    assert main(["pretrain", str(stopped)]) == 0
+    assert main(["pretrain", str(stopped), "pretrain.resume=false"]) == 0
+    assert (checkpoints.parent / "checkpoints-aside" / "step-00000008").is_dir()
     assert_same_run(unbroken, stopped)
 
 

@@ -5,6 +5,7 @@ import json
 import math
 import os
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -12,6 +13,7 @@ from transformers import AutoModelForMaskedLM
 
 import trainer.engine.checkpoint as checkpoint
 import trainer.engine.consolidate as consolidate
+import trainer.engine.fragments as fragments
 import trainer.engine.loop as loop
 from trainer.__main__ import main
 from trainer.config import deciding_settings
@@ -141,12 +143,43 @@ def test_any_other_failure_to_write_ends_the_run(written_recipe, monkeypatch, ca
     assert "could not be written (rank 0" in capfd.readouterr().err
 
 
+def test_whatever_goes_wrong_in_a_commit_is_said(run, monkeypatch):
+    def broken(path, value):
+        raise ValueError("a number that JSON has not")
+
+    monkeypatch.setattr(checkpoint, "write_json", broken)
+    with pytest.raises(UserError, match="ValueError: a number that JSON has not"):
+        run.checkpoints.save(1, {"tokens": 0})
+    assert not list(run.checkpoints._folder.iterdir())
+
+
+def test_an_old_checkpoint_that_cannot_be_removed_is_said_and_the_run_goes_on(written_recipe, monkeypatch, capfd):
+    path = written_recipe(keep_last=1)
+    real = checkpoint.shutil.rmtree
+
+    def busy(folder, ignore_errors=False):
+        if folder.name == "step-00000004":
+            raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY), str(folder))
+        real(folder, ignore_errors)
+
+    monkeypatch.setattr(checkpoint.shutil, "rmtree", busy)
+    assert main(["pretrain", str(path)]) == 0
+    said = " ".join(capfd.readouterr().err.split())
+    assert "step-00000004 could not be removed" in said and "Directory not empty" in said
+    left = sorted(saved.name for saved in (folder_of(path) / "checkpoints").iterdir())
+    assert left == ["LATEST", "step-00000004", "step-00000012"]
+
+
 @pytest.fixture
 def run(written_recipe):
     recipe = load_recipe(str(written_recipe()))
     session = Session(recipe, "pretrain", recipe.pretrain, recipe.pretrain.objective, recipe.pretrain.data)
     model = build(recipe.pretrain.model, session.tokenizer, session.causal, 32, recipe.seed)
     return session.wire(model, language_model, {})
+
+
+def folder_of_step(run, step):
+    return run.checkpoints._folder / f"step-{step:08d}"
 
 
 def test_saving_in_the_background_saves_what_was_there(run, monkeypatch):
@@ -177,6 +210,24 @@ def test_saving_in_the_background_saves_what_was_there(run, monkeypatch):
         assert torch.equal(files.load(key, name, int(start), tensor.numel()), tensor)
 
 
+def test_a_step_that_is_saved_is_not_written_again(run, monkeypatch):
+    """A signal right after a save: the checkpoint stays untouched all the while, and only its state may change."""
+    run.checkpoints.save(1, {"tokens": 8, "rewinds": 0})
+    folder = folder_of_step(run, 1)
+    before = {path.name: path.stat().st_ino for path in folder.iterdir()}
+
+    def refuse(*_):
+        raise AssertionError("written or removed again")
+
+    monkeypatch.setattr(checkpoint, "write_file", refuse)
+    monkeypatch.setattr(checkpoint.shutil, "rmtree", refuse)
+    run.checkpoints.save(1, {"tokens": 8, "rewinds": 0})
+    assert {path.name: path.stat().st_ino for path in folder.iterdir()} == before
+    run.checkpoints.save(1, {"tokens": 8, "rewinds": 1})
+    assert json.loads((folder / "COMMITTED").read_text())["state"]["rewinds"] == 1
+    assert run.checkpoints.load_newest().state["rewinds"] == 1
+
+
 def test_fragments_are_found_however_they_are_cut(tmp_path):
     from safetensors.torch import save_file
 
@@ -188,6 +239,31 @@ def test_fragments_are_found_however_they_are_cut(tmp_path):
     assert files.keys == {"weight", "exp_avg"}
     with pytest.raises(KeyError, match="7 of the elements 0 to 20"):
         files.load("exp_avg", "a/b.c", 0, 20)
+
+
+@pytest.mark.skipif(not hasattr(psutil.Process, "memory_maps"), reason="open files cannot be listed here")
+@pytest.mark.parametrize(("most_open", "opened"), [(500, 3), (2, 3 + 3 * 4)])
+def test_each_file_is_opened_once_while_no_more_than_the_limit_are(tmp_path, monkeypatch, most_open, opened):
+    """Three ranks' files, four parameters with a piece in each; what is closed is really closed."""
+    whole = torch.arange(12.0)
+    paths = [tmp_path / f"rank-{rank}" for rank in range(3)]
+    for rank, path in enumerate(paths):
+        piece = whole[rank * 4 : rank * 4 + 4]
+        fragments.write_file(path, {f"weight/{rank * 4}/layer.{number}": piece + number for number in range(4)})
+    calls, real = [], fragments.safe_open
+    monkeypatch.setattr(fragments, "safe_open", lambda path, kind: calls.append(path) or real(path, kind))
+    monkeypatch.setattr(fragments, "_MOST_OPEN", most_open)
+    files = FragmentFiles(paths)
+    for number in range(4):
+        assert torch.equal(files.load("weight", f"layer.{number}", 0, 12), whole + number)
+    assert len(calls) == opened
+
+    def mapped():
+        return {entry.path for entry in psutil.Process().memory_maps()} & set(map(str, paths))
+
+    assert len(mapped()) == min(most_open, 3)
+    del files
+    assert not mapped()
 
 
 def test_a_model_folder_of_several_files_opens(written_recipe, monkeypatch):

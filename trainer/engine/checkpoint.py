@@ -23,6 +23,7 @@ from trainer.errors import DISK_FULL, OtherRun, UserError
 
 _MARKER, _LATEST = "COMMITTED", "LATEST"
 _POLL_S = 0.05
+_REPORT_SHARE = 0.75  # of the collective timeout; the rest is for ranks that were done before rank 0. Assumed.
 
 
 def run_identity(stage: Training, seed: int, inputs: dict[str, str]) -> dict[str, Any]:
@@ -55,17 +56,21 @@ class Checkpoints:
         """Write a checkpoint; it exists only once every rank's file is on disk and hashed.
 
         in_background: only a copy in host memory is taken before this returns. A disk that is full is said, and the
-        run goes on from the checkpoints that are there; any other failure to write ends it.
+        run goes on from the checkpoints that are there; any other failure to write ends it. A step that this run has
+        saved already, as when a signal comes right after, is not written again.
         """
         self.finish()
         partial = self._path(step).with_name(f"{self._path(step).name}.partial")
         self._failure: OSError | None = None
+        marker = {"step": step, "state": state | self._engine.state(), "identity": self._identity}
+        if self._engine.ranks.from_main(self._engine.is_main and self._is_there(step, marker)):
+            self._settled(f"looking at the checkpoint of step {step}")
+            return
         if self._engine.is_main:
             self._make(partial)
         if not self._settled(f"beginning the checkpoint of step {step}"):
             return
         entries = self._engine.snapshot()
-        marker = {"step": step, "state": state | self._engine.state(), "identity": self._identity}
         self._writing = threading.Thread(target=self._write, args=(step, partial, entries, marker), name="checkpoint")
         self._writing.start()
         if not in_background:
@@ -86,7 +91,10 @@ class Checkpoints:
         every_full = not self._engine.ranks.agree(not full, doing)
         said = [f"rank {rank}: {text}" for rank, text in enumerate(failures) if text is not None]
         if said and not every_full:
-            raise UserError(f"the checkpoint could not be written ({'; '.join(said)})", "a folder that can be written")
+            raise UserError(
+                f"the checkpoint could not be written ({'; '.join(said)})",
+                "a folder that every rank can write, and in which rank 0 sees what the others write",
+            )
         if said:
             self._say(f"checkpoint not written, going on without it ({'; '.join(said)}); the last one is kept")
         return not said
@@ -101,7 +109,10 @@ class Checkpoints:
         return None
 
     def load_newest(self) -> Resumed | None:
-        """Load the newest whole checkpoint; None if there is none. Broken ones are named and kept."""
+        """Load the newest whole checkpoint; None if there is none at all. Broken ones are named and kept.
+
+        Raises UserError if all are broken.
+        """
         chosen = self._newest_whole()
         if chosen is None:
             return None
@@ -119,6 +130,18 @@ class Checkpoints:
         return FragmentFiles([self._path(step) / name for name in marker["files"]])
 
     # ---- writing ---------------------------------------------------------------------------------------------------
+
+    def _is_there(self, step: int, marker: dict[str, Any]) -> bool:
+        """Whether this run has committed `step`. Its weights are these: they were saved, or loaded, at this step."""
+        there = _marker(self._path(step))
+        if isinstance(there, str) or there["identity"] != self._identity:
+            return False
+        try:
+            if there["state"] != marker["state"]:  # a loss spike came after it: other batches will follow
+                write_json(self._path(step) / _MARKER, marker | {"files": there["files"]})
+        except OSError as error:
+            self._failure = error
+        return True
 
     def _make(self, partial: Path) -> None:
         try:
@@ -144,11 +167,13 @@ class Checkpoints:
         if world > 1:
             self._hand_in(partial, rank, report)
         if rank == 0:
-            reports = self._handed_in(partial, world) if world > 1 else [report]
             try:
+                reports = self._handed_in(partial, world) if world > 1 else [report]
                 self._commit(step, partial, reports, marker)
-            except OSError as error:
-                self._failure = error
+            except (
+                Exception
+            ) as error:  # a thread's exception is seen by nobody, and the checkpoint would just be absent
+                self._failure = _as_os_error(error)
                 shutil.rmtree(partial, ignore_errors=True)
 
     def _hand_in(self, partial: Path, rank: int, report: dict[str, Any]) -> None:
@@ -162,12 +187,15 @@ class Checkpoints:
                 path.touch()
 
     def _handed_in(self, partial: Path, world: int) -> list[dict[str, Any]]:
-        """Every rank's report. A rank that never hands one in is given up after the collective timeout."""
-        deadline = time.monotonic() + self._training.engine.collective_timeout_s
+        """Every rank's report. OSError if one is not seen, in time for the ranks that wait for this one by then."""
+        wait_s = _REPORT_SHARE * self._training.engine.collective_timeout_s
+        deadline = time.monotonic() + wait_s
         paths = [partial / f"rank-{rank:05d}.json" for rank in range(world)]
-        while time.monotonic() < deadline and not all(path.is_file() for path in paths):
+        while (unseen := [path.name for path in paths if not path.is_file()]) and time.monotonic() < deadline:
             time.sleep(_POLL_S)
-        written = [path.read_text() if path.is_file() else "" for path in paths]
+        if unseen:
+            raise OSError(errno.ETIMEDOUT, f"not seen by rank 0 within {wait_s:g} s: {', '.join(unseen)}", str(partial))
+        written = [path.read_text() for path in paths]
         reports = [json.loads(text) if text else {"error": "no report"} for text in written]
         for path in paths:
             path.unlink(missing_ok=True)
@@ -181,7 +209,7 @@ class Checkpoints:
         write_json(partial / _MARKER, marker | {"files": files})
         sync_tree(partial)
         target = self._path(step)
-        if target.exists():  # saved a second time, after another evaluation: the same numbers
+        if target.exists():  # not a whole one, see `_is_there`
             (target / _MARKER).unlink(missing_ok=True)
             shutil.rmtree(target)
         partial.rename(target)
@@ -191,15 +219,19 @@ class Checkpoints:
 
     def _forget_old(self) -> None:
         for path in self._paths()[: -self._training.keep_last]:
-            (path / _MARKER).unlink(missing_ok=True)  # first, so that a half-deleted one is never taken for whole
-            sync_folder(path)
-            shutil.rmtree(path)
+            try:
+                (path / _MARKER).unlink(missing_ok=True)  # first, so that a half-deleted one is never taken for whole
+                sync_folder(path)
+                shutil.rmtree(path)
+            except OSError as error:  # on NFS, files that another process still has open
+                self._say(f"old checkpoint {path} could not be removed ({error}); going on, the next save tries again")
 
     # ---- choosing --------------------------------------------------------------------------------------------------
 
     def _newest_whole(self) -> dict[str, Any] | None:
         """The marker of the newest checkpoint without a fault; ranks share the hashing, and agree."""
         ranks = self._engine.ranks
+        broken: dict[Path, str] = {}
         for path in ranks.from_main(list(reversed(self._paths())) if ranks.is_main else None):
             marker = ranks.from_main(_marker(path) if ranks.is_main else None)
             faults = [marker] if isinstance(marker, str) else ranks.gather(self._fault(path, marker["files"]))
@@ -207,22 +239,38 @@ class Checkpoints:
             if fault is None:
                 assert isinstance(marker, dict)
                 self._require_same_run(path, marker["identity"])
+                if ranks.is_main:
+                    self._keep_broken(broken)
                 return marker
-            if ranks.is_main:
-                kept = free_name(path.with_name(f"broken-{path.name}"))
-                path.rename(kept)
-                self._say(f"checkpoint {path} is broken ({fault}); kept as {kept.name}, taking an older one")
+            broken[path] = fault
+        if broken:  # one node with an old view of the folder is enough to see it so: nothing is touched
+            lines = [f"  {path.name}: {fault}" for path, fault in broken.items()]
+            raise UserError(
+                "\n".join([f"every checkpoint in {self._folder} is broken:", *lines]),
+                "a whole one to go on from",
+                "see that every node sees those files and run again, or set them aside and begin at step 0 with "
+                "<stage>.resume=false",
+            )
         return None
+
+    def _keep_broken(self, broken: dict[Path, str]) -> None:
+        for path, fault in broken.items():
+            kept = free_name(path.with_name(f"broken-{path.name}"))
+            path.rename(kept)
+            self._say(f"checkpoint {path} is broken ({fault}); kept as {kept.name}, taking an older one")
 
     def _fault(self, path: Path, files: dict[str, str]) -> str | None:
         """What is wrong with this rank's share of the files."""
         for number, (name, digest) in enumerate(files.items()):
             if number % self._engine.world != self._engine.ranks.rank:
                 continue
-            if not (path / name).is_file():
+            try:
+                if hash_file(path / name) != digest:
+                    return f"{name} is not what was written"
+            except FileNotFoundError:
                 return f"{name} is missing"
-            if hash_file(path / name) != digest:
-                return f"{name} is not what was written"
+            except OSError as error:
+                return f"{name} cannot be read: {error}"
         return None
 
     def _require_same_run(self, path: Path, identity: dict[str, Any]) -> None:
@@ -257,6 +305,8 @@ def _marker(path: Path) -> dict[str, Any] | str:
             return f"its {_MARKER} marker is unreadable"
     except FileNotFoundError:
         return f"no {_MARKER} marker"
+    except OSError as error:
+        return f"its {_MARKER} marker cannot be read: {error}"
     except (ValueError, KeyError, TypeError):
         return f"its {_MARKER} marker is unreadable"
     return marker
@@ -267,7 +317,7 @@ def _as_os_error(error: Exception) -> OSError:
     if isinstance(error, OSError):
         return error
     full = "No space left" in str(error) or "os error 28" in str(error)
-    return OSError(errno.ENOSPC if full else errno.EIO, str(error))
+    return OSError(errno.ENOSPC if full else errno.EIO, f"{type(error).__name__}: {error}")
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -16,6 +16,22 @@ from trainer.errors import RankLost
 # begin to at the same moment. Assumed.
 _NOTICE_S = 5.0
 
+# What torch, gloo and NCCL say, in lower case, where another rank is gone or cannot be reached
+_GONE = (
+    "timed out",
+    "timeout",
+    "connection closed",
+    "connection reset",
+    "connection refused",
+    "broken pipe",
+    "no route to host",
+    "remote process exited or there was a network error",
+    "unhandled system error",
+    "communicator was aborted",
+)
+# ... and what CUDA says where this rank's own GPU failed
+_DEVICE_FAILED = ("uncorrectable ecc error", "unspecified launch failure")
+
 
 class Ranks:
     """This process among all of a run. Host numbers go over a gloo group of their own: they never make a GPU wait."""
@@ -72,21 +88,34 @@ class Ranks:
     def _together(self, doing: str) -> Iterator[None]:
         """Around a collective: says where this rank is, and what its failure means."""
         self._arrive(doing)
+        with self.naming_the_lost():
+            yield
+
+    @contextlib.contextmanager
+    def naming_the_lost(self) -> Iterator[None]:
+        """Around all that may miss a rank, as a strategy's own collectives do before the host's."""
         try:
             yield
         except RuntimeError as error:
-            raise self.lost(error) from error
+            if (lost := self.lost(error)) is not error:
+                raise lost from error
+            raise
 
     def lost(self, error: RuntimeError) -> Exception:
         """What a failed collective means: RankLost naming who is missing, or the error itself if it is another."""
         text = str(error)
-        signs = ("timed out", "timeout", "connection closed", "connection reset", "connection refused", "broken pipe")
-        if self._group is None or not any(sign in text.lower() for sign in signs):
+        if _says(error, _DEVICE_FAILED):
+            return RankLost(
+                f"rank {self.rank}, {self._doing}: its GPU failed: {_first_line(text)}",
+                "a GPU that works",
+                "look at its node (nvidia-smi, dmesg), and run the same command again: it resumes",
+            )
+        if self._group is None or not _says(error, _GONE):
             return error
         missing = [f"rank {rank} (last seen {self._last_seen(rank)})" for rank in self._silent()]
         return RankLost(
             f"rank {self.rank}, {self._doing}, waited for {', '.join(missing) or 'a rank that ended'}: "
-            f"{text.splitlines()[0]}",
+            f"{_first_line(text)}",
             f"all {self.world} ranks within {self._timeout_s:g} s (engine.collective_timeout_s)",
             "look at the log of that rank and its node, and run the same command again: it resumes",
         )
@@ -115,3 +144,26 @@ class Ranks:
             return self._store.get(key).decode() if self._store.check([key]) else "at the start"
         except RuntimeError:
             return "nowhere: the store does not answer"
+
+
+@contextlib.contextmanager
+def naming_who_never_came() -> Iterator[None]:
+    """Around the forming of a group of ranks, when there is no `Ranks` yet to ask who is missing."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not (isinstance(error, dist.DistStoreError) or _says(error, _GONE)):
+            raise
+        raise RankLost(
+            f"the ranks never came together: {_first_line(str(error))}",
+            "all of them, reaching one another at MASTER_ADDR and MASTER_PORT",
+            "look at the logs of all ranks and their nodes, and run the same command again: it resumes",
+        ) from error
+
+
+def _says(error: RuntimeError, signs: tuple[str, ...]) -> bool:
+    return any(sign in str(error).lower() for sign in signs)
+
+
+def _first_line(text: str) -> str:
+    return text.partition("\n")[0]
