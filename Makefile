@@ -9,9 +9,10 @@ TORCH := $(shell grep '^torch==' constraints.txt)
 quickstart quickstart-gpt: $(VENV)/.installed
 	$(BIN)/lmworks run $@
 
-# Tests use one thread each: two files at a time, each file in one process, so that its fixtures are made once.
+# Tests use one thread each: two files at a time, each in one process, so that its fixtures are made once; in their own
+# order, in which the longest come early.
 test: check
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 check: $(VENV)/.installed
 	$(BIN)/ruff check .
