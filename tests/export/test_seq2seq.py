@@ -245,7 +245,8 @@ def test_the_verb_runs_pairs_and_refuses_a_changed_encoder(exported, model_folde
 def test_stages_that_take_one_graph_refuse_pairs_by_name(model_folder, exported, tmp_path, capsys):
     recipe = tmp_path / "recipe.yaml"
     models = {"t5": str(model_folder("t5", SEEDS["t5"]))}
-    sections = {"run_dir": str(exported["t5"].parents[1]), "export": {"models": models}, "bench": {}, "pack": {}}
+    export = SETTINGS.model_dump(mode="json") | {"models": models}
+    sections = {"run_dir": str(exported["t5"].parents[1]), "export": export, "bench": {}, "pack": {}}
     recipe.write_text(json.dumps(sections))  # which is YAML, too
     for verb, message in (("bench", "t5 is a T5ForConditionalGeneration"), ("pack", "t5 is a seq2seq_lm model")):
         assert main([verb, str(recipe)]) == 2
