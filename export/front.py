@@ -58,9 +58,10 @@ class Choice:
 
 
 def choose(variants: Sequence[Precision], attempt: Callable[[Precision], Form]) -> Choice:
-    """Try each variant and keep the front of those that pass; GateFailed if none does.
+    """Try each variant and keep the front of those that pass.
 
-    `attempt` makes a form and holds it against its source; a UserError or GateFailed of it is why there is none.
+    `attempt` makes a form and holds it against its source; a UserError or GateFailed of it is why there is none, or,
+    of fp32, ends the search.
     """
     passed: list[Form] = []
     became: dict[Precision, str] = {}
@@ -68,14 +69,10 @@ def choose(variants: Sequence[Precision], attempt: Callable[[Precision], Form]) 
         try:
             passed.append(attempt(variant))
         except (UserError, GateFailed) as problem:
+            if variant == "fp32":  # all others are made of it, and have looser gates
+                raise
             found = str(problem).split("\nDo:")[0].replace("\n", "; ")
             became[variant] = f"refused: {found}"
-    if not passed:
-        raise GateFailed(
-            "\n  ".join(["no form passes", *(f"{variant}: {why}" for variant, why in became.items())]),
-            "one that does",
-            "mend the first: without it the others mean little",
-        )
     for form in passed:
         better = next((one for one in passed if beats(one, form)), None)
         became[form.variant] = f"left out: {form}; {better.variant}: {better}" if better else f"{_KEPT}: {form}"

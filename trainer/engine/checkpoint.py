@@ -170,9 +170,7 @@ class Checkpoints:
             try:
                 reports = self._handed_in(partial, world) if world > 1 else [report]
                 self._commit(step, partial, reports, marker)
-            except (
-                Exception
-            ) as error:  # a thread's exception is seen by nobody, and the checkpoint would just be absent
+            except Exception as error:  # a thread's is seen by nobody: the checkpoint would just be absent
                 self._failure = _as_os_error(error)
                 shutil.rmtree(partial, ignore_errors=True)
 
