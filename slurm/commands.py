@@ -67,6 +67,16 @@ def show(job_id: str) -> list[dict[str, str]]:
     return [dict(word.split("=", 1) for word in line.split() if "=" in word) for line in lines]
 
 
+def accounted(job_id: str) -> list[dict[str, str]]:
+    """What the accounting database has of a job that the controller forgot (after MinJobAge, 300 s by default), of its
+    last start; nothing where the cluster keeps no accounts."""
+    if shutil.which("sacct") is None:
+        return []
+    done = run(["sacct", "--allocations", "--noheader", "--parsable2", "--format=State,NodeList", f"--jobs={job_id}"])
+    rows = [line.split("|") for line in done.stdout.splitlines()] if done.returncode == 0 else []
+    return [{"JobState": row[0].split()[0], "NodeList": row[1].replace("None assigned", "")} for row in rows]
+
+
 def unfinished(job_ids: Sequence[str]) -> list[str]:
     """Those of the jobs that are not over."""
     return [job for job in job_ids if any(facts["JobState"] not in _OVER for facts in show(job))]

@@ -7,7 +7,10 @@ from importlib import metadata
 from pathlib import Path
 
 from trainer.artifact import write_json, write_text
+from trainer.config import Recipe
+from trainer.engine.zero import load_zero
 from trainer.environment import git_state
+from trainer.recipe_file import dump_recipe
 
 _ROOT = Path(__file__).resolve().parents[1]
 _PACKAGES = ("trainer", "export", "slurm", "deepspeed_configs")
@@ -22,11 +25,11 @@ def code_name() -> str:
     return f"code-{digest.hexdigest()[:12]}"
 
 
-def freeze(folder: Path, recipes: dict[str, str], code: Path) -> None:
-    """Write recipes (file name to text), a copy of the code and environment.json into `folder`."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, text in recipes.items():
-        write_text(folder / name, text)
+def freeze(folder: Path, recipes: dict[str, Recipe], code: Path) -> None:
+    """Write recipes (by file name), the DeepSpeed JSONs that they name by path, a copy of the code and
+    environment.json into `folder`."""
+    for name, recipe in recipes.items():
+        write_text(folder / name, dump_recipe(_with_own_configs(recipe, folder)))
     if not code.is_dir():
         partial = code.with_name(f"{code.name}.partial")
         shutil.rmtree(partial, ignore_errors=True)
@@ -36,6 +39,24 @@ def freeze(folder: Path, recipes: dict[str, str], code: Path) -> None:
     installed = {found.metadata["Name"]: found.version for found in metadata.distributions()}
     about = {"code": code.name, "git": git_state(_ROOT), "installed": dict(sorted(installed.items()))}
     write_json(folder / "environment.json", about)
+
+
+def _with_own_configs(recipe: Recipe, folder: Path) -> Recipe:
+    """The recipe with each DeepSpeed JSON of the user's replaced by a copy in `folder`."""
+    changed = {}
+    for stage in ("pretrain", "distill"):
+        section = getattr(recipe, stage)
+        if section is None or section.engine.zero is None:
+            continue
+        load_zero(section.engine.zero)  # a mistake is said now, not when the job starts
+        if not Path(section.engine.zero).is_file():
+            continue
+        content = Path(section.engine.zero).read_bytes()
+        copy = folder / f"deepspeed-{hashlib.sha256(content).hexdigest()[:12]}.json"
+        write_text(copy, content.decode("utf-8"))
+        engine = section.engine.model_copy(update={"zero": str(copy)})
+        changed[stage] = section.model_copy(update={"engine": engine})
+    return recipe.model_copy(update=changed)
 
 
 def _files() -> list[Path]:

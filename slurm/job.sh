@@ -35,14 +35,14 @@ count_start() { # sets fruitless to the starts just before this one after which 
 
 may_start_again() { [ "$(newest)" != "$before" ] || [ "$fruitless" -lt "${1:-$max_restarts}" ]; }
 
-look_at_nodes() { # sets unfit to the nodes that are not to be used, with a comma between them
-    local found=$outcome.nodes nodes_here looking
+look_at_nodes() { # sets unfit to the nodes that are not to be used, with a comma between them; excluded to all of these
+    local found=$outcome.nodes nodes_here looking left
     port=$(free_port)
     mapfile -t nodes_here < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
     mkdir -p "$found"
     timeout $((preflight_s + container_start_s)) srun --kill-on-bad-exit=0 --nodes="$SLURM_JOB_NUM_NODES" \
         --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 "${srun_options[@]}" "${container[@]}" \
-        timeout "$preflight_s" "$python" -m slurm.preflight probe "$found" "$head_node" "$port" \
+        timeout "$preflight_s" "$python" -m slurm.preflight probe "$found" "$least_gb_s" "$head_node" "$port" \
         "$gpus_per_node" &
     looking=$!
     while kill -0 "$looking" 2>/dev/null; do
@@ -50,9 +50,19 @@ look_at_nodes() { # sets unfit to the nodes that are not to be used, with a comm
         if [ -n "$stopping" ]; then kill "$looking"; return; fi
     done
     unfit=$(srun --nodes=1 --ntasks=1 --nodelist="$head_node" "${srun_options[@]}" "${container[@]}" \
-        "$python" -m slurm.preflight judge "$found" "${nodes_here[@]}") || { say "the preflight failed"; exit 71; }
-    if [ "$(echo "$unfit" | tr ',' '\n' | grep -c .)" = "${#nodes_here[@]}" ]; then
-        say "no node is fit: that is not the nodes"
+        "$python" -m slurm.preflight judge "$found" "$least_gb_s" "${nodes_here[@]}") || { say "the preflight failed"; exit 71; }
+    if [ -z "$unfit" ]; then return; fi
+    if [ "$(echo "$unfit" | tr ',' '\n' | grep -c .)" = "${#nodes_here[@]}" ] && [ "$fruitless" -gt 0 ]; then
+        say "again no node is fit: that is not the nodes"
+        exit 71
+    fi
+    excluded=$(scontrol show job --oneliner "$me" | sed -n 's/.* ExcNodeList=\([^ ]*\).*/\1/p')
+    if [ "$excluded" = '(null)' ]; then excluded=''; fi
+    excluded=${excluded:+$excluded,}$unfit
+    left=$(sinfo --noheader --Node --partition="$SLURM_JOB_PARTITION" --format=%N | sort -u |
+        grep -cvxF -f <(scontrol show hostnames "$excluded"))
+    if [ "$left" -lt "$fewest_nodes" ]; then # it would wait for ever
+        say "without $excluded the partition has $left nodes, and this job needs $fewest_nodes"
         exit 71
     fi
 }
@@ -122,9 +132,7 @@ requeue() {
         sleep 5
     done
     if [ -n "$unfit" ]; then # a job's nodes can be chosen only while it waits
-        excluded=$(scontrol show job --oneliner "$me" | sed -n 's/.* ExcNodeList=\([^ ]*\).*/\1/p')
-        if [ "$excluded" = '(null)' ]; then excluded=''; fi
-        scontrol update "jobid=$me" "excnodelist=${excluded:+$excluded,}$unfit" && say "excluded: $unfit"
+        scontrol update "jobid=$me" "excnodelist=$excluded" && say "excluded: $unfit"
     fi
     sleep 600 & # SLURM ends this script now
     wait $!

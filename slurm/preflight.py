@@ -22,7 +22,7 @@ _MIN_DISK_GIB = 1.0  # assumed: temporary files of compilers and tokenizers
 _BYTES = 64 * 2**20
 
 
-def probe(folder: Path, head: str, port: int, gpus: int) -> None:
+def probe(folder: Path, head: str, port: int, gpus: int, least_gb_s: float) -> None:
     """What one node finds, in `folder`/<node>.json; written first without the all-reduce, which may never end."""
     node, rank, world = (os.environ[f"SLURM{name}"] for name in ("D_NODENAME", "_NODEID", "_NNODES"))
     path = folder / f"{node}.json"
@@ -31,14 +31,14 @@ def probe(folder: Path, head: str, port: int, gpus: int) -> None:
     facts["clock_s"] = time.time() - path.stat().st_mtime
     path.write_text(json.dumps(facts))
     try:
-        facts["all_reduce_gb_s"] = _all_reduce_gb_s(head, port, int(rank), int(world))
+        facts |= _rates(head, port, int(rank), int(world), least_gb_s)
     except RuntimeError as error:  # torch's DistError and its kin
         facts["all_reduce_error"] = str(error).splitlines()[0]
     path.write_text(json.dumps(facts))
 
 
-def judge(folder: Path, nodes: Sequence[str]) -> dict[str, str]:
-    """Nodes that are not fit, and why."""
+def judge(folder: Path, nodes: Sequence[str], least_gb_s: float = 0.0) -> dict[str, str]:
+    """Nodes that are not fit, and why. A node is slow if no neighbour gets `least_gb_s` from it."""
     found = {node: json.loads(path.read_text()) for node in nodes if (path := folder / f"{node}.json").is_file()}
     found = {node: facts for node, facts in found.items() if facts}
     if not found:
@@ -54,16 +54,28 @@ def judge(folder: Path, nodes: Sequence[str]) -> dict[str, str]:
     cut = [node for node, facts in found.items() if "all_reduce_gb_s" not in facts]
     if not faults and len(cut) < len(nodes):  # if no node has one, it cannot be told whose fault that is
         faults = {node: f"no all-reduce: {found[node].get('all_reduce_error', 'not over in time')}" for node in cut}
-    return faults
+    return faults or {node: fault for node in nodes if (fault := _slow(found[node], least_gb_s, len(nodes)))}
 
 
-def summary(folder: Path) -> str:
+def summary(folder: Path, least_gb_s: float) -> str:
     """One line: nodes and the slowest all-reduce."""
     found = [json.loads(path.read_text()) for path in folder.glob("*.json")]
     rates = [facts["all_reduce_gb_s"] for facts in found if facts.get("all_reduce_gb_s")]
     if len(rates) < len(found):
         return f"{len(found)} nodes, no all-reduce between them"
-    return f"{len(found)} nodes, all-reduce of {_BYTES >> 20} MiB at {min(rates):.2f} GB/s"
+    said = f"{len(found)} nodes, all-reduce of {_BYTES >> 20} MiB at {min(rates):.2f} GB/s"
+    if min(rates) >= least_gb_s:
+        return said
+    pairs = [rate for facts in found for rate in facts["pairs_gb_s"]]
+    return f"{said}, less than the site's {least_gb_s:g}, but no node by itself: pairs from {min(pairs):.2f} GB/s on"
+
+
+def _slow(facts: dict[str, Any], least_gb_s: float, nodes: int) -> str:
+    best = max(facts.get("pairs_gb_s") or [least_gb_s])
+    if best >= least_gb_s:
+        return ""
+    between = "all-reduce with each neighbour" if nodes > 2 else "all-reduce of the two nodes (which one, cannot be told)"
+    return f"{between} at {best:.2f} GB/s at most, less than the site's {least_gb_s:g}"
 
 
 def _fault(facts: dict[str, Any], clock_s: float, usual: str) -> str:
@@ -96,10 +108,10 @@ def _gpus(wanted: int) -> int:
     return torch.cuda.device_count()
 
 
-def _all_reduce_gb_s(head: str, port: int, rank: int, world: int) -> float | None:
-    """Bytes a ring moves past one node, in GB/s; None with one node."""
+def _rates(head: str, port: int, rank: int, world: int, least_gb_s: float) -> dict[str, Any]:
+    """All-reduce over all nodes, and, where that is slow, with each of the two neighbours in a ring of the nodes."""
     if world == 1:
-        return None
+        return {"all_reduce_gb_s": None}
     import torch
     import torch.distributed as dist
 
@@ -108,32 +120,57 @@ def _all_reduce_gb_s(head: str, port: int, rank: int, world: int) -> float | Non
     store = dist.TCPStore(head, port, world, rank == 0, timeout=limit)  # pyright: ignore[reportPrivateImportUsage]
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=world,
                             timeout=limit)  # fmt: skip
+    rate = _all_reduce_gb_s(device, range(world), dist.group.WORLD)
+    slowest = torch.tensor(rate, device=device)
+    dist.all_reduce(slowest, dist.ReduceOp.MIN)
+    pairs = []
+    if float(slowest) < least_gb_s:
+        ring = [(one, (one + 1) % world) for one in range(world if world > 2 else 1)]
+        groups = [dist.new_group(pair, timeout=limit) for pair in ring]  # by all ranks, in the same order
+        for turn in _turns(len(ring)):
+            dist.barrier()
+            pairs += [_all_reduce_gb_s(device, ring[at], groups[at]) for at in turn if rank in ring[at]]
+    dist.barrier()
+    return {"all_reduce_gb_s": rate, "pairs_gb_s": pairs}
+
+
+def _turns(pairs: int) -> list[list[int]]:
+    """Which neighbouring pairs of a ring are measured at once: in none of them is a node in two."""
+    even = pairs - pairs % 2
+    return [list(range(0, even, 2)), list(range(1, even, 2)), list(range(even, pairs))]
+
+
+def _all_reduce_gb_s(device: Any, ranks: Sequence[int], group: Any) -> float:
+    """Bytes a ring moves past one node, in GB/s."""
+    import torch
+    import torch.distributed as dist
+
     values = torch.ones(_BYTES // 4, device=device)
-    dist.all_reduce(values)  # connects
+    dist.all_reduce(values, group=group)  # connects
     values.fill_(1.0)
-    dist.barrier()
+    dist.barrier(group=group)
     began = time.perf_counter()
-    dist.all_reduce(values)
-    right = bool((values == world).all())  # waits for the device
+    dist.all_reduce(values, group=group)
+    right = bool((values == len(ranks)).all())  # waits for the device
     seconds = time.perf_counter() - began
-    dist.barrier()
     if not right:
         raise RuntimeError("the sum of an all-reduce is wrong")
-    return 2 * (world - 1) / world * _BYTES / seconds / 1e9
+    return 2 * (len(ranks) - 1) / len(ranks) * _BYTES / seconds / 1e9
 
 
 def main(words: Sequence[str]) -> int:
-    """`probe FOLDER HEAD PORT GPUS` on each node, `judge FOLDER NODE…` on one: prints the unfit ones, why on stderr."""
-    folder = Path(words[1])
+    """`probe FOLDER LEAST_GB_S HEAD PORT GPUS` on each node; `judge FOLDER LEAST_GB_S NODE…` on one prints the unfit
+    ones, and why on stderr."""
+    folder, least_gb_s = Path(words[1]), float(words[2])
     if words[0] == "probe":
-        probe(folder, words[2], int(words[3]), int(words[4]))
+        probe(folder, words[3], int(words[4]), int(words[5]), least_gb_s)
         sys.stdout.flush()
         os._exit(0)  # a gloo thread may abort in the interpreter's tear-down
-    faults = judge(folder, words[2:])
+    faults = judge(folder, words[3:], least_gb_s)
     for node, fault in faults.items():
         print(f"preflight: {node} is not fit: {fault}", file=sys.stderr)
     if not faults:
-        print(f"preflight: {summary(folder)}", file=sys.stderr)
+        print(f"preflight: {summary(folder, least_gb_s)}", file=sys.stderr)
     print(",".join(faults))
     return 0
 

@@ -135,6 +135,8 @@ def _values(job: StageJob, site: Site) -> Iterator[str]:
     yield f"container_start_s={CONTAINER_START_S if fetches else START_S}"
     looked_at = job.trains and job.slurm.preflight and (job.job.nodes > 1 or job.gpus_per_node > 0)
     yield f"preflight_s={PREFLIGHT_S}" if looked_at else "preflight_s='' # nodes are not looked at"
+    yield f"least_gb_s={site.min_all_reduce_gb_s:g}"
+    yield f"fewest_nodes={job.job.fewest_nodes}"
 
 
 def _container(job: StageJob, site: Site) -> Iterator[str]:

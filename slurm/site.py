@@ -66,6 +66,9 @@ class Site(Section):
     """Folder on a node's own disk, for temporary files."""
     network_interface: Text | None = None
     """For NCCL and gloo, where a node has several."""
+    min_all_reduce_gb_s: Annotated[float, Field(ge=0)] = 0.0
+    """What the preflight's all-reduce between nodes must reach, in GB/s past one node (one rank a node, 64 MiB); the
+    log says what it reaches on a good day. Where it does not, a node that is slow with each neighbour is excluded."""
     environment: dict[Name, str] = {}
     """Variables such as NCCL_IB_HCA."""
 

@@ -72,7 +72,7 @@ def _jobs(run_dir: Path, ledger: Ledger) -> Table:
     table = Table("stage", "job", "state", "why", "nodes", "restarts", "step", "loss", "left")
     recipe = None if ledger.elements else load_recipe(str(run_dir / "slurm" / "recipe.yaml"))
     for stage, job in ledger.jobs.items():
-        known = commands.show(job)
+        known = commands.show(job) or commands.accounted(job)
         facts = known[-1] if known else {}
         at = progress(run_dir, stage, recipe) if recipe else {}
         reason = facts.get("Reason", "")

@@ -12,9 +12,10 @@ from slurm.ledger import Ledger
 from slurm.script import StageJob, render
 from slurm.site import Site, load_site
 from trainer import chain
+from trainer.artifact import alone_in
 from trainer.config import Recipe, Training
 from trainer.errors import UserError
-from trainer.recipe_file import dump_recipe, require_section
+from trainer.recipe_file import require_section
 from trainer.slurm_config import Slurm
 
 STAGES = (*chain.STAGES, "report")  # what `lmworks run` does, in its order
@@ -30,15 +31,20 @@ def run(recipe: Recipe, *, stages: Sequence[str], site: str, array: Sequence[str
         for stage, text in scripts.items():
             print(f"# ==== {stage}.sbatch\n{text}")
         return
+    with alone_in(jobs[0].folder):
+        _submit(recipe, jobs, scripts, cells if array else [])
+
+
+def _submit(recipe: Recipe, jobs: Sequence[StageJob], scripts: dict[str, str], cells: Sequence[Element]) -> None:
     folder = jobs[0].folder
     ledger = Ledger.read(folder)
     _refuse_second_chain(ledger, recipe)
     _warn_of_slow_saves(jobs)
-    frozen.freeze(folder, _recipes(recipe, cells, bool(array)), jobs[0].code)
+    frozen.freeze(folder, _recipes(recipe, cells), jobs[0].code)
     paths = [ledger.write_script(stage, text) for stage, text in scripts.items()]
     for path in paths:
         commands.check(path)
-    ledger.elements = [cell.name for cell in cells] if array else []
+    ledger.elements = [cell.name for cell in cells]
     _submit_chain(jobs, paths, ledger)
     for job in jobs:
         print(f"{job.stage}: job {ledger.jobs[job.stage]}, log {ledger.log(job.stage, job.name)}")
@@ -117,10 +123,10 @@ def _require_whole_batches(section: Training, job: StageJob) -> None:
                 )
 
 
-def _recipes(recipe: Recipe, cells: Sequence[Element], is_array: bool) -> dict[str, str]:
-    if not is_array:
-        return {"recipe.yaml": dump_recipe(recipe)}
-    return {f"recipe-{number}.yaml": dump_recipe(cell.recipe) for number, cell in enumerate(cells)}
+def _recipes(recipe: Recipe, cells: Sequence[Element]) -> dict[str, Recipe]:
+    if not cells:
+        return {"recipe.yaml": recipe}
+    return {f"recipe-{number}.yaml": cell.recipe for number, cell in enumerate(cells)}
 
 
 def _refuse_second_chain(ledger: Ledger, recipe: Recipe) -> None:

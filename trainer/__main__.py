@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 from trainer.artifact import alone_in
 from trainer.config import Recipe
 from trainer.engine.launch import ensure_ranks, leave
-from trainer.errors import EXIT_INTERRUPTED, Preempted, UserError
+from trainer.errors import DISK_FULL, EXIT_INTERRUPTED, EXIT_USER_ERROR, Preempted, UserError
 from trainer.recipe_file import dump_recipe, load_recipe, require_section
 
 
@@ -164,6 +164,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Preempted as stop:
         print(f"lmworks {arguments.verb}: {stop}", file=sys.stderr)
         return stop.exit_code
+    except OSError as error:
+        if error.errno not in DISK_FULL:
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"lmworks {arguments.verb}: {where}{error.strerror}\nDo: make room, and run the same command again; what "
+              "was finished before is kept", file=sys.stderr)  # fmt: skip
+        return EXIT_USER_ERROR
     except KeyboardInterrupt:  # stages that train answer it themselves and save
         print(f"lmworks {arguments.verb}: interrupted; run the same command to begin this stage anew", file=sys.stderr)
         return EXIT_INTERRUPTED

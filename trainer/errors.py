@@ -42,3 +42,11 @@ class Preempted(Exception):
     """All ranks agreed to stop at a signal and the state is saved: run the same command again."""
 
     exit_code = EXIT_PREEMPTED
+
+
+def as_os_error(error: Exception) -> OSError:
+    """What the system said, also where safetensors wraps it: `I/O error: No space left on device (os error 28)`."""
+    if isinstance(error, OSError):
+        return error
+    full = "No space left" in str(error) or "os error 28" in str(error)
+    return OSError(errno.ENOSPC if full else errno.EIO, f"{type(error).__name__}: {error}")

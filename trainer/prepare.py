@@ -7,17 +7,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import tokenizers
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from trainer.__main__ import stage_main
 from trainer.artifact import hash_tree, staging, write_artifact, write_json
 from trainer.config import Prepare, Recipe
-from trainer.data.corpus import Corpus, collect
+from trainer.data.corpus import SPLITS, Corpus, collect
 from trainer.data.encoding import write_shards
 from trainer.data.files import hash_tokenizer
+from trainer.data.journal import Journal
 from trainer.data.shards import MANIFEST_FILE
 from trainer.data.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
 from trainer.environment import launch_command
@@ -29,30 +31,43 @@ _MIB = 2**20
 def run(recipe: Recipe) -> None:
     """Write `recipe.tokenizer_dir` and `recipe.data_dir`, each whole or as it was before.
 
-    The same recipe and data give the same bytes. This is the work of one process: under a launcher (WORLD_SIZE > 1)
-    rank 0 does it, and the others return at once without waiting for it.
+    The same recipe and data give the same bytes, also where a run was interrupted: the next one goes on after the last
+    file that was read, and the last shard that was written. This is the work of one process: under a launcher
+    (WORLD_SIZE > 1) rank 0 does it, and the others return at once without waiting for it.
     """
     require_section(recipe, "prepare")
     assert recipe.prepare is not None
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and os.environ.get("RANK", "0") != "0":
         return
+    work = recipe.data_dir.with_name("unfinished")
     # The two renames follow each other at once; TokenShards.require_tokenizer notices a crash between them.
     with staging(recipe.data_dir) as data, staging(recipe.tokenizer_dir) as tokenizer, _progress() as progress:
-        manifest = _prepare(recipe.prepare, data, tokenizer, progress)
+        manifest = _prepare(recipe.prepare, work, data, tokenizer, progress)
+    shutil.rmtree(work)
     _print_report(manifest, recipe)
 
 
-def _prepare(prepare: Prepare, data: Path, tokenizer_dir: Path, progress: Progress) -> dict[str, Any]:
-    spool = data / "spool"
-    corpus = collect(prepare, spool, _task(progress, "reading files"))
-    tokenizer, made_from = _tokenizer(prepare, corpus, progress)
-    save_tokenizer(tokenizer, tokenizer_dir)
+def _prepare(prepare: Prepare, work: Path, data: Path, tokenizer_dir: Path, progress: Progress) -> dict[str, Any]:
+    """All of the work below `work`, which an interrupted run leaves for the next one; then into the two folders."""
+    recipe_sha256, made_from = recipe_hash(prepare), {}
+    if prepare.tokenizer.path is not None:
+        made_from = {"loaded_from": hash_tokenizer(prepare.tokenizer.path)}
+    begun_with = {"recipe": recipe_sha256, **made_from, "tokenizers": tokenizers.__version__}
+    journal = Journal(work, begun_with)
+    if left := journal.left():
+        had = ", ".join(f"{number:,} {kind}{'s' * (number > 1)}" for kind, number in left.items())
+        print(f"going on with an interrupted run; it had finished {had}", flush=True)
+    corpus = collect(prepare, work / "spool", journal, _task(progress, "reading files"))
+    tokenizer = _tokenizer(prepare, corpus, work / "tokenizer", journal, progress)
+    counted = write_shards(
+        prepare, corpus, tokenizer, work / "shards", journal, _task(progress, "encoding documents")
+    )
+    shutil.copytree(work / "tokenizer", tokenizer_dir, dirs_exist_ok=True)
+    for split in SPLITS:
+        (work / "shards" / split).rename(data / split)
     tokenizer_sha256 = hash_tree(tokenizer_dir)
-    counted = write_shards(prepare, corpus, tokenizer, data, _task(progress, "encoding documents"))
-    shutil.rmtree(spool)
     manifest = {"format": "megatron-indexed", "tokenizer_sha256": tokenizer_sha256, **counted}
     write_json(data / MANIFEST_FILE, manifest)
-    recipe_sha256 = recipe_hash(prepare)
     write_artifact(
         tokenizer_dir,
         "tokenizer",
@@ -65,16 +80,26 @@ def _prepare(prepare: Prepare, data: Path, tokenizer_dir: Path, progress: Progre
     return manifest
 
 
-def _tokenizer(prepare: Prepare, corpus: Corpus, progress: Progress) -> tuple[PreTrainedTokenizerFast, dict[str, str]]:
-    """The tokenizer, and name and hash of what it was loaded from."""
+def _tokenizer(
+    prepare: Prepare, corpus: Corpus, folder: Path, journal: Journal, progress: Progress
+) -> PreTrainedTokenizerFast:
+    """The tokenizer, saved in `folder`: taken over from an interrupted run, loaded, or trained."""
     config = prepare.tokenizer
+    state = journal.recall("tokenizer", config.type)
+    if state is not None:
+        if folder.is_dir() and hash_tree(folder) == state["sha256"]:
+            return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        journal.forget(1)
     if config.path is not None:
         tokenizer = load_tokenizer(config)
-        return tokenizer, {"loaded_from": hash_tokenizer(config.path)}
-    task = progress.add_task(f"training {config.type} tokenizer", total=1)
-    tokenizer = train_tokenizer(config, lambda: corpus.training_texts(int(config.max_training_mib * _MIB)))
-    progress.update(task, completed=1)
-    return tokenizer, {}
+    else:
+        task = progress.add_task(f"training {config.type} tokenizer", total=1)
+        tokenizer = train_tokenizer(config, lambda: corpus.training_texts(int(config.max_training_mib * _MIB)))
+        progress.update(task, completed=1)
+    shutil.rmtree(folder, ignore_errors=True)
+    save_tokenizer(tokenizer, folder)
+    journal.note("tokenizer", config.type, {"sha256": hash_tree(folder)})
+    return tokenizer
 
 
 def _progress() -> Progress:

@@ -66,3 +66,17 @@ def test_a_run_survives_a_full_disk(recipe, own_mounts, tmp_path):  # noqa: F811
         metrics = saved.parent / "metrics.jsonl" if disk.name == "pretrain" else disk.parent / "metrics.jsonl"
         steps = [row["step"] for row in map(json.loads, metrics.read_text().splitlines()) if row["event"] == "train"]
         assert steps == list(range(1, 41)), name
+
+
+def test_no_room_for_the_model_folder_is_said_and_the_next_try_only_writes_it(recipe, own_mounts, tmp_path):  # noqa: F811
+    path = recipe("end", micro_batch_size=4, max_steps=4, save_every_steps=2, eval_every_steps=4)
+    disk = load_recipe(str(path)).run_dir / "pretrain"
+    disk.mkdir(parents=True)
+    attempt = {"ranks": 2, "fault": "disk_full_at_the_end", "arguments": ["pretrain", str(path)]}
+    within = [*own_mounts, "sh", "-c", ON_SMALL_DISKS, "sh", str(disk), "--"]
+    codes, said = run_forked(tmp_path, [attempt, attempt], within=within)
+    assert codes[0][0] == 2 and codes[1] == [0, 0], said[-3000:]
+    assert "No space left on device" in said and "make room" in said and "Traceback" not in said
+    assert sorted(path.name for path in disk.with_name("pretrain.seen").iterdir() if path.name != "tensorboard") == [
+        "checkpoints", "environment.json", "launch.json", "metrics.jsonl", "model", "recipe.yaml",
+    ]  # fmt: skip

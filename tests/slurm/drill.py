@@ -226,6 +226,39 @@ class Drill:
                 "parameters": "equal" if same else "differ", "noted": restarts}  # fmt: skip
 
 
+    def long_prepare(self) -> dict[str, Any]:
+        """Prepare alone, on the standard library's sources, asked to stop twice while it works."""
+        sources = ("prepare", 'prepare.sources=[{"type": "stdlib"}]', "prepare.max_shard_tokens=200000")
+        chain, reference = (self.chain(name, sources) for name in ("long prepare", "long prepare unbroken"))
+        assert reference.ended("prepare") == "COMPLETED", reference.log("prepare")
+        for number in range(2):
+            journal = chain.run_dir / "prepare" / "unfinished" / "journal.jsonl"
+            had = len(journal.read_text().splitlines()) if journal.is_file() else 0
+            chain.until(lambda had=had, journal=journal: journal.is_file()
+                        and len(journal.read_text().splitlines()) > had + 200)  # fmt: skip
+            chain.signal("prepare")
+            chain.until(lambda number=number: chain.restarts("prepare") > number)
+        state = chain.ended("prepare")
+        same = content_hash(chain.run_dir / "prepare" / "data") == content_hash(reference.run_dir / "prepare" / "data")
+        return {"case": "signals in prepare", "what": "on the standard library, stopped twice while it reads",
+                "ended": state, "restarts": chain.restarts("prepare"), "starts": 1 + chain.restarts("prepare"),
+                "seconds_lost": None, "parameters": "equal data" if same else "differ",
+                "noted": re.findall("it had finished (.*)", chain.log("prepare"))}  # fmt: skip
+
+    def quickstart(self) -> dict[str, Any]:
+        """The recipe that ships, as it is, all of its stages."""
+        run_dir = self._root / "quickstart"
+        self.cluster.lmworks("submit", "quickstart", f"run_dir={run_dir}", cwd=self._root)
+        chain = Chain(self.cluster, run_dir, json.loads((run_dir / "slurm" / "jobs.json").read_text())["jobs"])
+        began = time.monotonic()
+        states = {stage: chain.ended(stage, 1800) for stage in chain.jobs}
+        summary = json.loads((run_dir / "summary.json").read_text())
+        return {"case": "quickstart", "what": "the shipped recipe, whole: " + ", ".join(chain.jobs),
+                "ended": ", ".join(sorted(set(states.values()))), "restarts": 0, "starts": len(chain.jobs),
+                "seconds": round(time.monotonic() - began), "seconds_lost": None, "parameters": "none to compare",
+                "noted": summary}  # fmt: skip
+
+
 def compared(first: Path, second: Path) -> str:
     """`equal`, bit for bit, or how far two runs' parameters and losses are apart."""
     if equal(first, second):
@@ -236,9 +269,13 @@ def compared(first: Path, second: Path) -> str:
     return f"differ by up to {most:.1e}, validation losses {losses[0]:.6f} and {losses[1]:.6f}"
 
 
+CHAINS = {"whole chain": Drill.whole_chain, "signals in prepare": Drill.long_prepare, "quickstart": Drill.quickstart}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--only", nargs="*", choices=[*CASES, "whole chain"], default=[*CASES, "whole chain"])
+    names = [*CASES, *CHAINS]
+    parser.add_argument("--only", nargs="*", choices=names, default=names)
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     if missing():
@@ -249,7 +286,7 @@ def main() -> int:
     try:
         for name in arguments.only:
             try:
-                row = drill.whole_chain() if name == "whole chain" else drill.case(name)
+                row = CHAINS[name](drill) if name in CHAINS else drill.case(name)
             except AssertionError as error:
                 row = {"case": name, "ended": "not as expected", "noted": str(error)[-2000:]}
             rows = [old for old in rows if old["case"] != name] + [row]

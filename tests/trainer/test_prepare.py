@@ -2,6 +2,7 @@
 
 import json
 import os
+import pkgutil
 import re
 import signal
 import subprocess
@@ -276,6 +277,144 @@ def test_a_kill_leaves_nothing_half_and_the_next_run_ends_alike(tmp_path):
     assert any(kill["left"]["data"] is None for kill in found["killed"])
 
 
+class Stop(Exception):
+    """Stands for a signal at this point; what a SIGKILL leaves is the same, and is in the test above."""
+
+
+@pytest.fixture
+def stopped(monkeypatch):
+    """A function that runs prepare and stops it before a call of a function of trainer."""
+
+    def run_until(recipe: Recipe, where: str, calls: int) -> None:
+        original = pkgutil.resolve_name(f"trainer.{where}")
+        left = iter(range(calls))
+
+        def counted(*arguments, **keys):
+            if next(left, None) is None:
+                raise Stop
+            return original(*arguments, **keys)
+
+        with monkeypatch.context() as patch, pytest.raises(Stop):
+            patch.setattr(f"trainer.{where}", counted)
+            prepare.run(recipe)
+        assert not recipe.data_dir.exists()
+
+    return run_until
+
+
+@pytest.fixture
+def work(monkeypatch):
+    """A function that runs prepare to its end and counts the calls of what costs time."""
+
+    def run(recipe: Recipe) -> list[int]:
+        counts = [0, 0, 0]
+        for index, where in enumerate(("data.corpus.read_file", "prepare.train_tokenizer", "data.shards.write_index")):
+
+            def counted(*arguments, index=index, original=pkgutil.resolve_name(f"trainer.{where}"), **keys):
+                counts[index] += 1
+                return original(*arguments, **keys)
+
+            monkeypatch.setattr(f"trainer.{where}", counted)
+        prepare.run(recipe)
+        monkeypatch.undo()
+        return counts
+
+    return run
+
+
+def result(recipe: Recipe) -> dict[str, str]:
+    """Everything that prepare wrote, but for the names of the recipe and its command."""
+    return {name: digest for name, digest in files(recipe.run_dir).items() if "artifact.json" not in name}
+
+
+@pytest.fixture
+def recipe_and_whole(tmp_path) -> tuple[Recipe, dict[str, str]]:
+    """A recipe of 6 files, and what an unbroken run makes of it: 1 tokenizer and 6 shards."""
+    path = write_recipe(tmp_path)
+    unbroken = recipe_of(path, run_dir=str(tmp_path / "unbroken"))
+    prepare.run(unbroken)
+    return recipe_of(path), result(unbroken)
+
+
+@pytest.mark.parametrize(
+    ("where", "calls", "left"),
+    [
+        ("data.corpus.read_file", 0, [6, 1, 6]),
+        ("data.corpus.read_file", 3, [3, 1, 6]),
+        ("prepare.train_tokenizer", 0, [0, 1, 6]),
+        ("data.shards.write_index", 0, [0, 0, 6]),
+        ("data.shards.write_index", 2, [0, 0, 4]),
+        ("prepare.write_artifact", 0, [0, 0, 6]),
+    ],
+)
+def test_an_interrupted_run_is_gone_on_with(recipe_and_whole, stopped, work, where, calls, left):
+    recipe, whole = recipe_and_whole
+    stopped(recipe, where, calls)
+    assert work(recipe) == left
+    assert result(recipe) == whole
+    assert sorted(path.name for path in recipe.data_dir.parent.iterdir()) == ["data", "tokenizer"]
+
+
+def test_it_is_gone_on_with_after_each_of_several_stops(recipe_and_whole, stopped, work, capsys):
+    recipe, whole = recipe_and_whole
+    for where in ("data.corpus.read_file", "data.corpus.read_file", "data.shards.write_index"):
+        stopped(recipe, where, 2)
+    stopped(recipe, "data.shards.write_index", 1)
+    capsys.readouterr()
+    assert work(recipe) == [0, 0, 3]
+    assert result(recipe) == whole
+    assert "it had finished 6 files, 1 tokenizer, 3 shards" in capsys.readouterr().out
+
+
+def unfinished(recipe: Recipe) -> Path:
+    return recipe.data_dir.with_name("unfinished")
+
+
+def damage(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "left"),
+    [
+        (lambda folder: damage(folder / "spool" / "train-0"), [6, 1, 6]),
+        (lambda folder: (folder / "spool" / "train-1").unlink(), [6, 1, 6]),
+        (lambda folder: damage(folder / "tokenizer" / "tokenizer.json"), [0, 1, 6]),
+        (lambda folder: damage(folder / "shards" / "train" / "rows-00001.bin"), [0, 0, 5]),
+        (lambda folder: (folder / "shards" / "train" / "rows-00000.idx").unlink(), [0, 0, 6]),
+        (lambda folder: (folder / "journal.jsonl").write_bytes(b"\0" * 100), [6, 1, 6]),
+        (lambda folder: (folder / "journal.jsonl").open("a").write('{"step": "sha'), [0, 0, 4]),
+    ],
+    ids=["spool", "no spool", "tokenizer", "shard", "no index", "journal", "cut line"],
+)
+def test_what_is_not_as_it_was_left_is_made_again(recipe_and_whole, stopped, work, spoil, left):
+    recipe, whole = recipe_and_whole
+    stopped(recipe, "data.shards.write_index", 2)
+    spoil(unfinished(recipe))
+    assert work(recipe) == left
+    assert result(recipe) == whole
+
+
+def test_changed_files_and_recipes_are_not_taken_over(recipe_and_whole, stopped, work, tmp_path):
+    recipe, whole = recipe_and_whole
+    stopped(recipe, "data.shards.write_index", 4)
+    file = tmp_path / "texts" / "1.txt"
+    file.write_text(file.read_text() + "\n\none more block of words")
+    assert work(recipe) == [4, 1, 6]  # 1.txt is the third of 6
+    assert result(recipe) != whole
+    changed = recipe_of(tmp_path / "recipe.yaml", run_dir=str(tmp_path / "changed"))
+    prepare.run(changed)
+    assert result(recipe) == result(changed)
+
+    section = recipe.prepare.model_copy(update={"max_shard_tokens": 100_000})
+    stopped(changed.model_copy(update={"run_dir": tmp_path / "other"}), "data.shards.write_index", 4)
+    other = changed.model_copy(update={"run_dir": tmp_path / "other", "prepare": section})
+    assert work(other) == [6, 1, 4]
+    assert len(list(other.data_dir.rglob("*.bin"))) == 4
+
+
 HOLDER = """
 import sys
 from pathlib import Path
@@ -329,6 +468,7 @@ def test_errors_are_one_message_and_leave_nothing(tmp_path, capsys):
     assert main(["prepare", str(path)]) == 2
     message = capsys.readouterr().err
     assert f"{tmp_path}/texts/bad.txt:2" in message and "text-2" in message and "on_bad_document: skip" in message
-    assert not list((tmp_path / "run" / "prepare").iterdir())
+    left = [path.name for path in (tmp_path / "run" / "prepare").iterdir()]
+    assert left == ["unfinished"]  # what was read before it: the next run goes on from there
     with pytest.raises(UserError, match="no `prepare` section"):
         prepare.run(Recipe(run_dir=tmp_path))

@@ -1,18 +1,22 @@
 """From sources to the kept documents of each split: short ones and repetitions dropped and counted, the rest held
-on disk, so that no corpus has to fit into memory. Tokens are the business of `tokenizer` and `shards`."""
+on disk, so that no corpus has to fit into memory. Files that an interrupted run had read are not read again.
+Tokens are the business of `tokenizer` and `shards`."""
 
 import hashlib
+import os
+import shutil
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 
 from trainer.config import Prepare, Source
-from trainer.data.files import find_files, source_names
+from trainer.data.files import find_files, source_names, stamp
+from trainer.data.journal import Journal
 from trainer.data.sources import BadDocument, Document, read_file
 from trainer.errors import UserError
 
@@ -32,8 +36,20 @@ class SourceCounts:
     documents_read: int = 0
     documents_kept: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
-    content: "hashlib._Hash" = field(default_factory=hashlib.sha256)
+    content: "dict[Split, hashlib._Hash]" = field(
+        default_factory=lambda: {split: hashlib.sha256() for split in SPLITS}
+    )
     """Over the digests of the kept documents, in order: two equal ones had the same text to work with."""
+
+    def state(self) -> dict[str, Any]:
+        """What `restore` takes, and the hashes to hold it against."""
+        counts = {"read": self.documents_read, "kept": self.documents_kept, "dropped": dict(self.dropped)}
+        return counts | {"content": {split: digest.hexdigest() for split, digest in self.content.items()}}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """The counts of `state`; the content's hashes come from the documents themselves."""
+        self.documents_read, self.documents_kept = state["read"], state["kept"]
+        self.dropped = Counter(state["dropped"])
 
 
 class Corpus:
@@ -42,12 +58,14 @@ class Corpus:
     def __init__(self, folder: Path, sources: list[SourceCounts]) -> None:
         self.folder = folder
         self.sources = sources
+        self.seen: set[bytes] = set()
+        """Digests of all documents that are kept."""
         self._rank_D = array("Q")  # training documents: what decides the order below
         self._bytes_D = array("Q")
 
-    def texts(self, split: Split, source: int) -> Iterator[str]:
-        """All documents that one source gave to a split."""
-        for utf8 in self._records(split, source):
+    def texts(self, split: Split, source: int, skip: int = 0) -> Iterator[str]:
+        """All documents that one source gave to a split, but for the first `skip`."""
+        for utf8 in self._records(split, source, skip):
             yield utf8.decode("utf-8")
 
     def training_texts(self, max_bytes: int) -> Iterator[str]:
@@ -65,40 +83,58 @@ class Corpus:
         """The file with the documents that one source gave to a split: length, UTF-8, length, UTF-8 ..."""
         return self.folder / f"{split}-{source}"
 
-    def note_training(self, digest: bytes, size_bytes: int) -> None:
-        """Remember the place of a training document in hash order, and its size."""
-        self._rank_D.append(rank_of(digest))
-        self._bytes_D.append(size_bytes)
+    def remember(self, source: int, split: Split, digest: bytes, size_bytes: int) -> None:
+        """Note a kept document: that it was seen, what it adds to the content, its place in hash order and its size."""
+        self.seen.add(digest)
+        self.sources[source].content[split].update(digest)
+        if split == "train":
+            self._rank_D.append(rank_of(digest))
+            self._bytes_D.append(size_bytes)
 
-    def _records(self, split: Split, source: int) -> Iterator[bytes]:
+    def restore(self, source: int, state: dict[str, Any]) -> bool:
+        """Take over what an earlier run kept of a source; False if its documents are not as that run noted them."""
+        count = self.sources[source]
+        count.restore(state)
+        for split in SPLITS:
+            path, size = self.path(split, source), state["bytes"][split]
+            if not path.is_file() or path.stat().st_size < size:
+                return False
+            os.truncate(path, size)  # what follows is of a file that was not read to its end
+            for utf8 in self._records(split, source):
+                self.remember(source, split, document_digest(utf8), len(utf8))
+        return count.state()["content"] == state["content"]
+
+    def _records(self, split: Split, source: int, skip: int = 0) -> Iterator[bytes]:
         with self.path(split, source).open("rb") as file:
             while length := file.read(_LENGTH_BYTES):
-                yield file.read(int.from_bytes(length, "little"))
+                size = int.from_bytes(length, "little")
+                if skip:
+                    skip -= 1
+                    file.seek(size, os.SEEK_CUR)
+                else:
+                    yield file.read(size)
 
 
 def collect(
-    prepare: Prepare, folder: Path, after_file: Callable[[int, int], None] = lambda done, total: None
+    prepare: Prepare, folder: Path, journal: Journal, after_file: Callable[[int, int], None] = lambda done, total: None
 ) -> Corpus:
-    """Read all sources once and keep their documents below `folder`.
+    """Read all sources once and keep their documents below `folder`, each file a step of the journal.
 
     `after_file` hears how many files are done, of how many. Raises UserError for a bad document where the source says
     so, for sources without files, and when a split stays empty.
     """
     names = source_names(prepare.sources)
-    files = [find_files(source) for source in prepare.sources]
-    counts = [SourceCounts(name, source, len(f)) for name, source, f in zip(names, prepare.sources, files, strict=True)]
-    corpus = Corpus(folder, counts)
-    folder.mkdir(parents=True)
-    seen: set[bytes] | None = set() if prepare.deduplicate else None
-    done, total = 0, sum(map(len, files))
-    for index, count in enumerate(counts):
-        with corpus.path("train", index).open("wb") as train, corpus.path("validation", index).open("wb") as validation:
-            for path in files[index]:
-                for document in read_file(count.source, path):
-                    _take(document, count, prepare, seen, {"train": train, "validation": validation}, corpus)
-                done += 1
-                after_file(done, total)
-    require_both_splits({split: sum(_sizes(corpus, split)) for split in SPLITS}, counts)
+    files = [(index, path) for index, source in enumerate(prepare.sources) for path in find_files(source)]
+    number = Counter(index for index, _ in files)
+    fresh = lambda: [SourceCounts(name, prepare.sources[i], number[i]) for i, name in enumerate(names)]  # noqa: E731
+    corpus, done = _taken_over(folder, journal, files, fresh)
+    for index, path in files[done:]:
+        seen = stamp(path)  # before it is read: a file that changes meanwhile is not taken over
+        size = _read(prepare, corpus, index, path)
+        journal.note("file", [index, *seen], corpus.sources[index].state() | {"bytes": size})
+        done += 1
+        after_file(done, len(files))
+    require_both_splits({split: sum(_sizes(corpus, split)) for split in SPLITS}, corpus.sources)
     return corpus
 
 
@@ -148,14 +184,41 @@ def require_both_splits(amounts: dict[Split, int], counts: list[SourceCounts]) -
     )
 
 
+def _taken_over(
+    folder: Path, journal: Journal, files: Sequence[tuple[int, Path]], fresh: Callable[[], list[SourceCounts]]
+) -> tuple[Corpus, int]:
+    """What an earlier run kept of the first files, and how many these are; where nothing holds, an empty corpus."""
+    done, last = 0, {}
+    for index, path in files:
+        state = journal.recall("file", [index, *stamp(path)])
+        if state is None:
+            break
+        done, last[index] = done + 1, state
+    corpus = Corpus(folder, fresh())
+    if last and all(corpus.restore(index, state) for index, state in last.items()):
+        for index in set(range(len(corpus.sources))) - set(last):  # begun, and no file read to its end
+            for split in SPLITS:
+                corpus.path(split, index).unlink(missing_ok=True)
+        return corpus, done
+    journal.forget(done)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    return Corpus(folder, fresh()), 0
+
+
+def _read(prepare: Prepare, corpus: Corpus, index: int, path: Path) -> dict[Split, int]:
+    """Keep the documents of a file; returns how many bytes its source now has in each split."""
+    with corpus.path("train", index).open("ab") as train, corpus.path("validation", index).open("ab") as validation:
+        files: dict[Split, BinaryIO] = {"train": train, "validation": validation}
+        for document in read_file(prepare.sources[index], path):
+            _take(document, index, prepare, files, corpus)
+        return {split: file.tell() for split, file in files.items()}
+
+
 def _take(
-    document: Document | BadDocument,
-    count: SourceCounts,
-    prepare: Prepare,
-    seen: set[bytes] | None,
-    files: dict[Split, BinaryIO],
-    corpus: Corpus,
+    document: Document | BadDocument, index: int, prepare: Prepare, files: dict[Split, BinaryIO], corpus: Corpus
 ) -> None:
+    count = corpus.sources[index]
     count.documents_read += 1
     if isinstance(document, BadDocument):
         _refuse_or_count(document, count)
@@ -164,18 +227,14 @@ def _take(
         count.dropped["too_short"] += 1
         return
     digest = document_digest(document.utf8)
-    if seen is not None:
-        if digest in seen:
-            count.dropped["duplicate"] += 1
-            return
-        seen.add(digest)
+    if prepare.deduplicate and digest in corpus.seen:
+        count.dropped["duplicate"] += 1
+        return
     split = _split(count.source, digest, prepare)
     count.documents_kept += 1
-    count.content.update(digest)
     files[split].write(len(document.utf8).to_bytes(_LENGTH_BYTES, "little"))
     files[split].write(document.utf8)
-    if split == "train":
-        corpus.note_training(digest, len(document.utf8))
+    corpus.remember(index, split, digest, len(document.utf8))
 
 
 def _split(source: Source, digest: bytes, prepare: Prepare) -> Split:

@@ -42,6 +42,7 @@ class ShardWriter:
 
     def __init__(self, folder: Path, name: str, vocab_size: int, max_shard_tokens: int) -> None:
         self.shards: list[Shard] = []
+        """Finished ones; the next is numbered after them."""
         self._folder, self._name, self._max_tokens = folder, name, max_shard_tokens
         self._code = 8 if vocab_size < _UINT16_VOCAB else 4
         self._lengths_D: list[int] = []
@@ -50,27 +51,29 @@ class ShardWriter:
         self._bin: BinaryIO | None = None
         folder.mkdir(parents=True, exist_ok=True)
 
-    def add(self, tokens_L: Sequence[int], digest: int) -> None:
+    def add(self, tokens_L: Sequence[int], digest: int) -> Shard | None:
         """Append one document, `digest` being 64 bits of its text's; a shard ends before it would exceed its size, and
-        a longer document has its own."""
-        if self._lengths_D and self._tokens + len(tokens_L) > self._max_tokens:
-            self.close()
+        a longer document has its own. Returns the shard that ended before the document, if one did."""
+        full = self._lengths_D and self._tokens + len(tokens_L) > self._max_tokens
+        finished = self.close() if full else None
         if self._bin is None:
             self._bin = _suffixed(self._prefix, ".bin").open("wb")
         self._bin.write(np.asarray(tokens_L, dtype=_DTYPES[self._code]).tobytes())
         self._lengths_D.append(len(tokens_L))
         self._digests_D.append(digest)
         self._tokens += len(tokens_L)
+        return finished
 
-    def close(self) -> None:
-        """Finish the open shard, if there is one."""
+    def close(self) -> Shard | None:
+        """Finish and return the open shard, if there is one."""
         if self._bin is None:
-            return
+            return None
         self._bin.close()
         write_index(_suffixed(self._prefix, ".idx"), self._lengths_D, self._code)
         _suffixed(self._prefix, ".digests").write_bytes(np.asarray(self._digests_D, dtype=_DIGEST).tobytes())
         self.shards.append(Shard(self._prefix, len(self._lengths_D), self._tokens))
         self._lengths_D, self._digests_D, self._tokens, self._bin = [], [], 0, None
+        return self.shards[-1]
 
     @property
     def _prefix(self) -> Path:

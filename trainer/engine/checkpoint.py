@@ -19,7 +19,7 @@ from trainer.artifact import free_name, hash_file, sync_file, sync_folder, sync_
 from trainer.config import Training, deciding_settings
 from trainer.engine.engine import Engine
 from trainer.engine.fragments import FragmentFiles, write_file
-from trainer.errors import DISK_FULL, OtherRun, UserError
+from trainer.errors import DISK_FULL, OtherRun, UserError, as_os_error
 
 _MARKER, _LATEST = "COMMITTED", "LATEST"
 _POLL_S = 0.05
@@ -160,7 +160,7 @@ class Checkpoints:
             sync_file(partial / name)
             report = {"name": name, "sha256": hash_file(partial / name)}
         except Exception as error:  # safetensors has an exception of its own for what the disk says
-            self._failure = _as_os_error(error)
+            self._failure = as_os_error(error)
             report = {"error": str(error)}
             with contextlib.suppress(OSError):
                 (partial / name).unlink(missing_ok=True)  # what follows finds room again
@@ -171,7 +171,7 @@ class Checkpoints:
                 reports = self._handed_in(partial, world) if world > 1 else [report]
                 self._commit(step, partial, reports, marker)
             except Exception as error:  # a thread's is seen by nobody: the checkpoint would just be absent
-                self._failure = _as_os_error(error)
+                self._failure = as_os_error(error)
                 shutil.rmtree(partial, ignore_errors=True)
 
     def _hand_in(self, partial: Path, rank: int, report: dict[str, Any]) -> None:
@@ -308,14 +308,6 @@ def _marker(path: Path) -> dict[str, Any] | str:
     except (ValueError, KeyError, TypeError):
         return f"its {_MARKER} marker is unreadable"
     return marker
-
-
-def _as_os_error(error: Exception) -> OSError:
-    """safetensors wraps what the system said: `I/O error: No space left on device (os error 28)`."""
-    if isinstance(error, OSError):
-        return error
-    full = "No space left" in str(error) or "os error 28" in str(error)
-    return OSError(errno.ENOSPC if full else errno.EIO, f"{type(error).__name__}: {error}")
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

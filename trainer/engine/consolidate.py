@@ -6,10 +6,12 @@ import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from trainer.engine.fragments import WEIGHT, FragmentFiles
+from trainer.errors import as_os_error
 
 _MAX_FILE_BYTES = 5 * 10**9  # transformers' own default
 _PREFIX = "model."  # LanguageModel holds the transformers model under this name
@@ -34,7 +36,10 @@ def write_model(
             name.removeprefix(_PREFIX): files.load(WEIGHT, name, 0, math.prod(shapes[name])).view(shapes[name])
             for name in names
         }
-        save_file(weights, path, metadata={"format": "pt"})
+        try:
+            save_file(weights, path, metadata={"format": "pt"})
+        except SafetensorError as error:
+            raise as_os_error(error) from error
         index |= dict.fromkeys(weights, path.name)
     if len(parts) > 1:
         total = sum(math.prod(shape) for shape in shapes.values()) * _BYTES

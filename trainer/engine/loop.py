@@ -211,6 +211,10 @@ def _rewind(run: Run, step: int) -> int:
     spike = run.training.loss_spike
     assert spike is not None
     before = run.progress.data_shift_steps, run.progress.rewinds
+    if before[1] >= spike.max_rewinds:
+        raise UserError(f"the loss spiked at step {step} after {before[1]} rewinds",
+                        f"no more than loss_spike.max_rewinds, {spike.max_rewinds}",
+                        "lower optim.learning_rate, or raise loss_spike.factor")  # fmt: skip
     run.checkpoints.finish()
     resumed = run.checkpoints.load_newest()
     if resumed is None:

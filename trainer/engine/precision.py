@@ -60,12 +60,13 @@ def set_matmul_precision(precision: str) -> None:
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
 
 
-def types(precision: str, strategy: str) -> dict[str, str]:
-    """The type of each part of training, as launch.json states it."""
+def types(precision: str, converted: bool) -> dict[str, str]:
+    """The type of each part of training, as launch.json states it; `converted`: DeepSpeed holds the model itself in
+    half precision, and does not cast as it goes."""
     compute = {"fp32": "fp32", "tf32": "tf32 (fp32 with 10 bits of mantissa in matrix products)"}.get(
         precision, precision
     )
-    low = strategy == "deepspeed" and precision in ("bf16", "fp16")
+    low = converted and precision in ("bf16", "fp16")
     return {
         "matrix_products": compute,
         "master_weights": "fp32",

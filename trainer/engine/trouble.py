@@ -22,7 +22,6 @@ class Trouble:
         self._total = total
         self._bad: list[tuple[int, tuple[int, int]]] = []
         self._losses: deque[float] = deque(maxlen=training.loss_spike.window_steps if training.loss_spike else 1)
-        self._rewinds = 0
 
     def spiked(
         self, step: int, share: float, result: StepResult, loss_scale: float | None, samples: tuple[int, int]
@@ -52,12 +51,5 @@ class Trouble:
         if not (full and loss > spike.factor * statistics.median(self._losses)) and math.isfinite(loss):
             self._losses.append(loss)
             return False
-        if self._rewinds == spike.max_rewinds:
-            raise UserError(
-                f"the loss spiked at step {step} ({loss:.4g}) after {self._rewinds} rewinds",
-                f"no more than loss_spike.max_rewinds, {spike.max_rewinds}",
-                "lower optim.learning_rate, or raise loss_spike.factor",
-            )
-        self._rewinds += 1
         self._losses.clear()
         return True

@@ -64,6 +64,11 @@ class ZeroConfig:
         """Whether our strategy cuts parameters up, one by one; where they are offloaded DeepSpeed does."""
         return self.stage == 3 and self.offload_param == "none"
 
+    @property
+    def converts(self) -> bool:
+        """Whether DeepSpeed makes the model's own weights bf16 or fp16, where the recipe asks for one of them."""
+        return not self.config.get("torch_autocast", {}).get("enabled", False)
+
 
 # ---- which config ----------------------------------------------------------------------------------------------
 

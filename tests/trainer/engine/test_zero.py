@@ -7,6 +7,7 @@ import pytest
 
 from tests.trainer.engine.zero_cases import CONFIGS, SHIPPED, changed, resolve, training
 from trainer.config import EngineConfig
+from trainer.engine.precision import types
 from trainer.engine.zero import chosen_zero, load_zero
 from trainer.engine.zero_facts import KNOWN_WRONG
 from trainer.errors import UserError
@@ -52,6 +53,8 @@ def test_shipped_configs_resolve_for_every_precision(name, precision):
     if name == "zero0":
         dtype = {"dtype": {"bf16": "bfloat16", "fp16": "float16"}[half]} if half else {}
         assert found.config["torch_autocast"] == {"enabled": by_autocast} | dtype
+    held = types(precision, found.converts)["parameters"]
+    assert held == (precision if precision in ("bf16", "fp16") and not by_autocast else "fp32")
 
 
 @pytest.mark.parametrize("name", SHIPPED)
