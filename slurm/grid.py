@@ -23,10 +23,17 @@ class Element:
     recipe: Recipe
 
 
+def shares_data(axes: Sequence[str]) -> bool:
+    """Whether all elements take the data and tokenizer of one prepare stage, as no axis is about it."""
+    return not any(axis.split("=")[0].split(".")[0] == "prepare" for axis in axes)
+
+
 def elements(recipe: Recipe, axes: Sequence[str]) -> list[Element]:
-    """The product of axes such as `seed=0,1,2`; the recipe itself where there is none."""
+    """The product of axes such as `seed=0,1,2`; nothing where there is none."""
     if not axes:
-        return [Element("", recipe)]
+        return []
+    if shares_data(axes) and recipe.prepare_dir is None:
+        recipe = recipe.model_copy(update={"prepare_dir": recipe.stage_dir("prepare")})
     points = [list(_values(axis)) for axis in axes]
     return [_element(recipe, number, point) for number, point in enumerate(itertools.product(*points))]
 

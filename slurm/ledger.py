@@ -32,9 +32,9 @@ class Ledger:
         write_text(path, text)
         return path
 
-    def log(self, stage: str, name: str) -> Path:
+    def log(self, stage: str, name: str, is_array: bool) -> Path:
         """Where a stage's job writes."""
-        end = "_<element>" if self.elements else ""
+        end = "_<element>" if is_array else ""
         return self.folder / f"{name}-{self.jobs[stage]}{end}.log"
 
     def logs(self, stage: str) -> list[Path]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from slurm import commands, frozen
-from slurm.grid import Element, elements
+from slurm.grid import Element, elements, shares_data
 from slurm.ledger import Ledger
 from slurm.script import StageJob, render
 from slurm.site import Site, load_site
@@ -25,14 +25,14 @@ def run(recipe: Recipe, *, stages: Sequence[str], site: str, array: Sequence[str
     """Submit `stages`, by default all that the recipe has; `dry_run` prints the scripts instead."""
     where = load_site(site)
     cells = elements(recipe, array)
-    jobs = plan(recipe, stages, where, len(cells) if array else 0)
+    jobs = plan(recipe, stages, where, len(cells), ("prepare",) if shares_data(array) else ())
     scripts = {job.stage: render(job, where) for job in jobs}
     if dry_run:
         for stage, text in scripts.items():
             print(f"# ==== {stage}.sbatch\n{text}")
         return
     with alone_in(jobs[0].folder):
-        _submit(recipe, jobs, scripts, cells if array else [])
+        _submit(recipe, jobs, scripts, cells)
 
 
 def _submit(recipe: Recipe, jobs: Sequence[StageJob], scripts: dict[str, str], cells: Sequence[Element]) -> None:
@@ -47,20 +47,27 @@ def _submit(recipe: Recipe, jobs: Sequence[StageJob], scripts: dict[str, str], c
     ledger.elements = [cell.name for cell in cells]
     _submit_chain(jobs, paths, ledger)
     for job in jobs:
-        print(f"{job.stage}: job {ledger.jobs[job.stage]}, log {ledger.log(job.stage, job.name)}")
+        print(f"{job.stage}: job {ledger.jobs[job.stage]}, log {ledger.log(job.stage, job.name, bool(job.elements))}")
     print(f"look: lmworks status {recipe.run_dir}\nstop: lmworks cancel {recipe.run_dir}")
 
 
-def plan(recipe: Recipe, stages: Sequence[str], site: Site, array_elements: int) -> list[StageJob]:
-    """The jobs, in the chain's order; UserError for a stage that is not there or ranks that do not divide a batch."""
+def plan(
+    recipe: Recipe, stages: Sequence[str], site: Site, array_elements: int = 0, shared: Sequence[str] = ()
+) -> list[StageJob]:
+    """The jobs, in the chain's order; of an array's stages those that are `shared` run once for all elements.
+
+    UserError for a stage that is not there or ranks that do not divide a batch.
+    """
     unknown = [stage for stage in stages if stage not in STAGES]
     if unknown:
         raise UserError(f"no stage {unknown[0]!r}", f"some of {', '.join(STAGES)}", "or key=value for the recipe")
     for stage in stages:
         if stage != "report":
             require_section(recipe, stage)
+    taken = {"prepare"} if recipe.prepare_dir is not None else set()
     there = [stage for stage in STAGES if stage == "report" or getattr(recipe, stage) is not None]
-    jobs = [_job(recipe, stage, site, array_elements) for stage in there if not stages or stage in stages]
+    there = [stage for stage in there if (stage in stages if stages else stage not in taken)]
+    jobs = [_job(recipe, stage, site, 0 if stage in shared else array_elements) for stage in there]
     for job in jobs:
         if job.trains:
             _require_whole_batches(getattr(recipe, job.stage), job)
@@ -124,9 +131,7 @@ def _require_whole_batches(section: Training, job: StageJob) -> None:
 
 
 def _recipes(recipe: Recipe, cells: Sequence[Element]) -> dict[str, Recipe]:
-    if not cells:
-        return {"recipe.yaml": recipe}
-    return {f"recipe-{number}.yaml": cell.recipe for number, cell in enumerate(cells)}
+    return {"recipe.yaml": recipe} | {f"recipe-{number}.yaml": cell.recipe for number, cell in enumerate(cells)}
 
 
 def _refuse_second_chain(ledger: Ledger, recipe: Recipe) -> None:
@@ -163,7 +168,8 @@ def _submit_chain(jobs: Sequence[StageJob], paths: Sequence[Path], ledger: Ledge
     try:
         for job, path, before in zip(jobs, paths, itertools.chain([None], jobs), strict=False):
             after = ledger.jobs[before.stage] if before else None
-            ledger.jobs[job.stage] = commands.submit(path, after, bool(job.elements))
+            each = bool(job.elements and before and before.elements)
+            ledger.jobs[job.stage] = commands.submit(path, after, each)
             ledger.write()
     except UserError:
         commands.cancel(list(ledger.jobs.values()))

@@ -13,7 +13,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from trainer.errors import UserError
+from trainer.errors import Busy, UserError
 
 ARTIFACT_FILE = "artifact.json"
 # Written after the content was hashed, so they are no part of it: lineage must not change with a report.
@@ -167,7 +167,7 @@ def versions() -> dict[str, str]:
 
 @contextlib.contextmanager
 def alone_in(folder: Path) -> Iterator[None]:
-    """Hold a stage's folder while the block runs; UserError if another process holds it.
+    """Hold a stage's folder while the block runs; Busy if another process holds it, as a node that died may for a while.
 
     The lock is the system's own, on the folder itself: it leaves no file behind and ends with its process, however
     that ends. Of several ranks the first holds it for all. A file system without such locks (NFS) is left unguarded.
@@ -181,7 +181,7 @@ def alone_in(folder: Path) -> Iterator[None]:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(descriptor)
-        raise UserError(
+        raise Busy(
             f"another process is at work in {folder}", "one at a time", "let it end, or take another run_dir"
         ) from None
     except OSError as error:

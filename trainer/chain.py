@@ -122,7 +122,7 @@ def stage_key(recipe: Recipe, stage: str) -> dict[str, str]:
     settings = deciding_settings(section) if isinstance(section, Training) else section.model_dump(mode="json")
     if stage == "distill" and recipe.pretrain is not None:
         settings["inherited"] = recipe.pretrain.model_dump(mode="json", include={"objective", "data"})
-    inputs: list[Any] = [_content(recipe.run_dir / folder) for above in STAGES[stage][2] for folder in STAGES[above][1]]
+    inputs: list[Any] = [_content(path) for above in STAGES[stage][2] for path in _left_by(recipe, above).values()]
     inputs += [[content_hash(folder)] for folder in _named_folders(recipe, stage) if folder.is_dir()]
     inputs += _text(section) if isinstance(section, Prepare) else []
     labelled = section.quality.labelled if isinstance(section, Export) and section.quality else None
@@ -132,7 +132,14 @@ def stage_key(recipe: Recipe, stage: str) -> dict[str, str]:
 
 def outputs(recipe: Recipe, stage: str) -> dict[str, list[str]]:
     """Content hashes of what a stage leaves, by folder; an empty list where it left nothing."""
-    return {folder: _content(recipe.run_dir / folder) for folder in STAGES[stage][1]}
+    return {folder: _content(path) for folder, path in _left_by(recipe, stage).items()}
+
+
+def _left_by(recipe: Recipe, stage: str) -> dict[str, Path]:
+    """The folders of a stage's results, by the names of `STAGES`."""
+    if stage == "prepare":  # of another run, perhaps
+        return dict(zip(STAGES[stage][1], (recipe.data_dir, recipe.tokenizer_dir), strict=True))
+    return {folder: recipe.run_dir / folder for folder in STAGES[stage][1]}
 
 
 def _run_stage(recipe: Recipe, stage: str, console: Console) -> None:
@@ -156,7 +163,8 @@ def _refused_checkpoints(module: ModuleType, recipe: Recipe) -> str:
 
 
 def _asked(recipe: Recipe) -> list[str]:
-    return [stage for stage in STAGES if getattr(recipe, stage) is not None]
+    taken = {"prepare"} if recipe.prepare_dir is not None else set()
+    return [stage for stage in STAGES if getattr(recipe, stage) is not None and stage not in taken]
 
 
 def _text(prepare: Prepare) -> list[Any]:

@@ -400,6 +400,8 @@ class Recipe(Section):
     run_dir: Path
     """Where everything goes: `<run_dir>/<stage>/`."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    prepare_dir: Path | None = None
+    """Folder of another run's prepare stage, whose data and tokenizer this one takes; by default `<run_dir>/prepare`."""
     prepare: Prepare | None = None
     pretrain: Pretrain | None = None
     distill: Distill | None = None
@@ -416,12 +418,12 @@ class Recipe(Section):
     @property
     def data_dir(self) -> Path:
         """Token shards and manifest, written by prepare."""
-        return self.stage_dir("prepare") / "data"
+        return (self.prepare_dir or self.stage_dir("prepare")) / "data"
 
     @property
     def tokenizer_dir(self) -> Path:
         """A tokenizer folder that transformers opens, written by prepare."""
-        return self.stage_dir("prepare") / "tokenizer"
+        return (self.prepare_dir or self.stage_dir("prepare")) / "tokenizer"
 
     def model_dir(self, stage: str) -> Path:
         """ModelDir that a training stage wrote."""

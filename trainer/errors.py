@@ -38,6 +38,12 @@ class OtherRun(UserError):
     """The checkpoints that are there were made with other settings or inputs; the chain sets them aside."""
 
 
+class Busy(UserError):
+    """Another process is at work there: the same command is right later."""
+
+    exit_code = EXIT_PREEMPTED
+
+
 class Preempted(Exception):
     """All ranks agreed to stop at a signal and the state is saved: run the same command again."""
 

@@ -23,6 +23,7 @@ from trainer.data.journal import Journal
 from trainer.data.shards import MANIFEST_FILE
 from trainer.data.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
 from trainer.environment import launch_command
+from trainer.errors import UserError
 from trainer.recipe_file import recipe_hash, require_section
 
 _MIB = 2**20
@@ -37,6 +38,12 @@ def run(recipe: Recipe) -> None:
     """
     require_section(recipe, "prepare")
     assert recipe.prepare is not None
+    if recipe.prepare_dir is not None:
+        raise UserError(
+            f"prepare_dir is {recipe.prepare_dir}: this run takes the data of another one",
+            "no prepare_dir where prepare runs",
+            "leave it out, or leave this stage out",
+        )
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and os.environ.get("RANK", "0") != "0":
         return
     work = recipe.data_dir.with_name("unfinished")

@@ -435,7 +435,7 @@ def test_a_second_process_in_the_same_folder_is_told(tmp_path, capsys, verb):
         stdout=subprocess.PIPE,
     )
     assert holder.stdout.readline() == b"held\n"
-    assert main([verb, str(path)]) == 2
+    assert main([verb, str(path)]) == 75
     assert f"lmworks {verb}: another process is at work in {tmp_path}/run/prepare" in capsys.readouterr().err
     holder.kill()  # whatever ends the process ends its hold
     holder.wait()
