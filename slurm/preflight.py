@@ -74,7 +74,7 @@ def _slow(facts: dict[str, Any], least_gb_s: float, nodes: int) -> str:
     best = max(facts.get("pairs_gb_s") or [least_gb_s])
     if best >= least_gb_s:
         return ""
-    between = "all-reduce with each neighbour" if nodes > 2 else "all-reduce of the two nodes (which one, cannot be told)"
+    between = "all-reduce with each neighbour" if nodes > 2 else "all-reduce of the two (which one, cannot be told)"
     return f"{between} at {best:.2f} GB/s at most, less than the site's {least_gb_s:g}"
 
 
@@ -127,14 +127,14 @@ def _rates(head: str, port: int, rank: int, world: int, least_gb_s: float) -> di
     if float(slowest) < least_gb_s:
         ring = [(one, (one + 1) % world) for one in range(world if world > 2 else 1)]
         groups = [dist.new_group(pair, timeout=limit) for pair in ring]  # by all ranks, in the same order
-        for turn in _turns(len(ring)):
+        for turn in turns(len(ring)):
             dist.barrier()
             pairs += [_all_reduce_gb_s(device, ring[at], groups[at]) for at in turn if rank in ring[at]]
     dist.barrier()
     return {"all_reduce_gb_s": rate, "pairs_gb_s": pairs}
 
 
-def _turns(pairs: int) -> list[list[int]]:
+def turns(pairs: int) -> list[list[int]]:
     """Which neighbouring pairs of a ring are measured at once: in none of them is a node in two."""
     even = pairs - pairs % 2
     return [list(range(0, even, 2)), list(range(1, even, 2)), list(range(even, pairs))]

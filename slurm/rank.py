@@ -38,8 +38,8 @@ def run(outcome: Path, verb: str, recipe: str) -> NoReturn:
 
 
 def _stop_at_once(number: int, frame: FrameType | None) -> NoReturn:
-    """A stage that does not train keeps nothing half done: it begins anew at the next start."""
-    raise Preempted(f"stopped by {signal.Signals(number).name}; this stage begins anew at the next start")
+    """A stage that does not train ends at once; prepare goes on at the next start, the others begin anew."""
+    raise Preempted(f"stopped by {signal.Signals(number).name}; the next start takes it up again")
 
 
 if __name__ == "__main__":

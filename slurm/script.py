@@ -167,7 +167,7 @@ def _environment(job: StageJob, site: Site) -> Iterator[str]:
     yield from site.setup
     yield f"export PYTHONPATH={shlex.quote(str(job.code))}${{PYTHONPATH:+:$PYTHONPATH}}"
     yield f"export TORCH_ELASTIC_SHUTDOWN_TIMEOUT={job.slurm.notice_s} # else torchrun kills ranks that save after 30 s"
-    yield 'threads=$((${SLURM_CPUS_ON_NODE:-1} / ranks_per_node))'
+    yield "threads=$((${SLURM_CPUS_ON_NODE:-1} / ranks_per_node))"
     yield 'export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}"'
     if site.network_interface:
         yield f"export NCCL_SOCKET_IFNAME={shlex.quote(site.network_interface)}"

@@ -172,7 +172,7 @@ def main(argv: Sequence[str] | None = None) -> int:
               "was finished before is kept", file=sys.stderr)  # fmt: skip
         return EXIT_USER_ERROR
     except KeyboardInterrupt:  # stages that train answer it themselves and save
-        print(f"lmworks {arguments.verb}: interrupted; run the same command to begin this stage anew", file=sys.stderr)
+        print(f"lmworks {arguments.verb}: interrupted; run the same command to go on", file=sys.stderr)
         return EXIT_INTERRUPTED
     return 0
 
@@ -185,7 +185,7 @@ def _end_on_sigterm() -> None:
 
 
 def _terminated(number: int, frame: FrameType | None) -> NoReturn:
-    raise Preempted("stopped by SIGTERM; run the same command to begin this stage anew")
+    raise Preempted("stopped by SIGTERM; run the same command to go on")
 
 
 def stage_main(verb: str) -> None:

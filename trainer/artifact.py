@@ -167,7 +167,7 @@ def versions() -> dict[str, str]:
 
 @contextlib.contextmanager
 def alone_in(folder: Path) -> Iterator[None]:
-    """Hold a stage's folder while the block runs; Busy if another process holds it, as a node that died may for a while.
+    """Hold a stage's folder while the block runs; Busy if another process holds it, as a dead node may for a while.
 
     The lock is the system's own, on the folder itself: it leaves no file behind and ends with its process, however
     that ends. Of several ranks the first holds it for all. A file system without such locks (NFS) is left unguarded.

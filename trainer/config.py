@@ -401,7 +401,7 @@ class Recipe(Section):
     """Where everything goes: `<run_dir>/<stage>/`."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     prepare_dir: Path | None = None
-    """Folder of another run's prepare stage, whose data and tokenizer this one takes; by default `<run_dir>/prepare`."""
+    """Folder of another run's prepare stage, whose data and tokenizer are taken; by default `<run_dir>/prepare`."""
     prepare: Prepare | None = None
     pretrain: Pretrain | None = None
     distill: Distill | None = None

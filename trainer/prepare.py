@@ -66,9 +66,7 @@ def _prepare(prepare: Prepare, work: Path, data: Path, tokenizer_dir: Path, prog
         print(f"going on with an interrupted run; it had finished {had}", flush=True)
     corpus = collect(prepare, work / "spool", journal, _task(progress, "reading files"))
     tokenizer = _tokenizer(prepare, corpus, work / "tokenizer", journal, progress)
-    counted = write_shards(
-        prepare, corpus, tokenizer, work / "shards", journal, _task(progress, "encoding documents")
-    )
+    counted = write_shards(prepare, corpus, tokenizer, work / "shards", journal, _task(progress, "encoding documents"))
     shutil.copytree(work / "tokenizer", tokenizer_dir, dirs_exist_ok=True)
     for split in SPLITS:
         (work / "shards" / split).rename(data / split)

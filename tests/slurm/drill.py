@@ -225,7 +225,6 @@ class Drill:
                 "starts": len(chain.jobs) + sum(restarts.values()), "seconds_lost": None,
                 "parameters": "equal" if same else "differ", "noted": restarts}  # fmt: skip
 
-
     def long_prepare(self) -> dict[str, Any]:
         """Prepare alone, on the standard library's sources, asked to stop twice while it works."""
         sources = ("prepare", 'prepare.sources=[{"type": "stdlib"}]', "prepare.max_shard_tokens=200000")

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from slurm.preflight import judge
+from slurm.preflight import judge, summary
+from slurm.preflight import turns as turns_of
 from tests.slurm.cluster import NO_DROPOUT, ROOT, Chain, Cluster, corpus, missing, tiny_tree, weights
 
 if missing():
@@ -179,6 +180,22 @@ def test_a_node_that_is_not_fit_is_named_and_excluded(cluster, recipe, acting, t
     assert "n2" not in cluster.call("scontrol", "show", "hostnames", facts["NodeList"]).stdout.split()
 
 
+def test_nodes_that_are_all_unfit_are_tried_on_others_once(cluster, recipe, acting):
+    """Every node lacks GPUs: not the nodes' fault, so that not all of a cluster is excluded one after the other."""
+    unfit = 'for node in "${@:6}"; do all=${all:+$all,}$node; done; echo "$all"'
+    lines = f'case "$3" in probe) exit 0 ;; judge) {unfit}; exit 0 ;; esac'
+    path = recipe(slurm={"preflight": True, "pretrain": {"nodes": 2}})
+    chain = cluster.submit(path, "pretrain", "--site", acting(lines))
+    assert (chain.ended(), chain.restarts()) == ("FAILED", 1), chain.log()
+    first = chain.log().split("excluded: ")[1].split()[0].split(",")
+    assert len(first) == 2 and "again no node is fit" in chain.log()
+
+    path = recipe("four", slurm={"preflight": True, "pretrain": {"nodes": 4}})
+    chain = cluster.submit(path, "pretrain", "--site", acting(lines))
+    assert (chain.ended(), chain.restarts()) == ("FAILED", 0), chain.log()
+    assert "without n1,n2,n3,n4 the partition has 0 nodes, and this job needs 4" in chain.log()
+
+
 def test_what_slurm_would_refuse_is_refused_before_anything_is_submitted(cluster, recipe, acting):
     site = acting("exit 1", partition="nowhere")
     path = recipe()
@@ -246,3 +263,32 @@ def test_preflight_names_the_node_with_the_fault(tmp_path, planted, said):
         (tmp_path / "b.json").write_text(json.dumps(facts))
     faults = judge(tmp_path, ["a", "b", "c"])
     assert list(faults) == ["b"] and said in faults["b"]
+
+
+@pytest.mark.parametrize(
+    ("pairs", "slow"),
+    [
+        ({"a": [0.5, 0.4], "b": [0.5, 9.0], "c": [9.0, 8.0], "d": [8.0, 0.4]}, ["a"]),
+        ({"a": [0.5, 0.4], "b": [0.5, 0.3], "c": [0.3, 8.0], "d": [8.0, 0.4]}, ["a", "b"]),
+        ({"a": [3.0, 3.0], "b": [3.0, 3.0], "c": [3.0, 3.0], "d": [3.0, 3.0]}, []),  # slow together, not alone
+        ({"a": [0.5], "b": [0.5]}, ["a", "b"]),
+        ({"a": [], "b": []}, []),  # fast enough: no pairs were measured
+    ],
+)
+def test_preflight_names_the_node_that_is_slow_with_all_its_neighbours(tmp_path, pairs, slow):
+    for node, rates in pairs.items():
+        facts = GOOD | {"all_reduce_gb_s": 0.6 if rates else 5.0, "pairs_gb_s": rates}
+        (tmp_path / f"{node}.json").write_text(json.dumps(facts))
+    assert list(judge(tmp_path, list(pairs), 2.0)) == slow
+    assert judge(tmp_path, list(pairs)) == {}
+    if not slow and pairs["a"]:
+        assert "less than the site's 2, but no node by itself: pairs from 3.00" in summary(tmp_path, 2.0)
+
+
+@pytest.mark.parametrize("nodes", range(2, 10))
+def test_no_node_is_in_two_pairs_at_once_and_each_is_in_two(nodes):
+    ring = [(one, (one + 1) % nodes) for one in range(nodes if nodes > 2 else 1)]
+    turns = [[ring[at] for at in turn] for turn in turns_of(len(ring))]
+    for turn in turns:
+        assert len({node for pair in turn for node in pair}) == 2 * len(turn)
+    assert sorted(pair for turn in turns for pair in turn) == sorted(ring)

@@ -18,6 +18,7 @@ from slurm.site import Container, Site, load_site
 from slurm.submit import STAGES, plan
 from tests.slurm.drill import CASES
 from trainer.__main__ import main
+from trainer.artifact import alone_in
 from trainer.engine.launch import release_signals, stop_requested, watch_signals
 from trainer.errors import UserError
 from trainer.recipe_file import load_recipe
@@ -208,6 +209,84 @@ def test_an_array_is_the_product_of_its_axes():
     with pytest.raises(UserError, match="all elements are jobs of one shape"):
         elements(recipe, ["slurm.max_restarts=1"])
     assert cells[3].recipe.run_dir == Path("runs/quickstart/array/3")
+
+
+FAKE_SBATCH = """#!/bin/sh
+case "$*" in *--test-only*) exit 0 ;; esac
+echo "$@" >>"$0.said"
+echo "$(wc -l <"$0.said")"
+"""
+
+
+@pytest.fixture
+def sbatch(tmp_path, monkeypatch) -> Path:
+    """Stands for SLURM's sbatch; what it was told is in `sbatch.said`, a line a job."""
+    (tmp_path / "bin").mkdir()
+    path = tmp_path / "bin" / "sbatch"
+    path.write_text(FAKE_SBATCH)
+    path.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{path.parent}:{os.environ['PATH']}")
+    return path
+
+
+def submitted(sbatch: Path) -> list[list[str]]:
+    """The options and the script's name of each job."""
+    lines = sbatch.with_name("sbatch.said").read_text().splitlines()
+    return [
+        [word.rsplit("/", 1)[-1] for word in line.split() if "kill" not in word and "pars" not in word]
+        for line in lines
+    ]
+
+
+def test_an_array_has_one_prepare_for_all(tmp_path, sbatch, capsys):
+    run_dir = tmp_path / "run"
+    assert (
+        main(["submit", "quickstart", "prepare", "pretrain", "distill", f"run_dir={run_dir}", "--array", "seed=1,2"])
+        == 0
+    )
+    assert submitted(sbatch) == [
+        ["prepare.sbatch"],
+        ["--dependency=afterok:1", "pretrain.sbatch"],
+        ["--dependency=aftercorr:2", "distill.sbatch"],
+    ]
+    scripts = {name: (run_dir / "slurm" / f"{name}.sbatch").read_text() for name in ("prepare", "pretrain")}
+    assert "--array" not in scripts["prepare"] and "#SBATCH --array=0-1" in scripts["pretrain"]
+    assert load_recipe(str(run_dir / "slurm" / "recipe.yaml")).data_dir == run_dir / "prepare" / "data"
+    for number in (0, 1):
+        element = load_recipe(str(run_dir / "slurm" / f"recipe-{number}.yaml"))
+        assert (element.seed, element.data_dir) == (number + 1, run_dir / "prepare" / "data")
+        assert element.model_dir("pretrain") == run_dir / "array" / str(number) / "pretrain" / "model"
+    said = capsys.readouterr().out
+    assert "prepare: job 1, log " + str(run_dir / "slurm" / "run-prepare-1.log") in said
+    assert "run-pretrain-2_<element>.log" in said
+
+
+def test_an_array_about_prepare_has_one_for_each(tmp_path, sbatch):
+    axis = "prepare.tokenizer.vocab_size=500,600"
+    assert main(["submit", "quickstart", "prepare", "pretrain", f"run_dir={tmp_path}/run", "--array", axis]) == 0
+    assert submitted(sbatch)[1] == ["--dependency=aftercorr:1", "pretrain.sbatch"]
+    assert "#SBATCH --array=0-1" in (tmp_path / "run" / "slurm" / "prepare.sbatch").read_text()
+    assert load_recipe(str(tmp_path / "run" / "slurm" / "recipe-1.yaml")).prepare_dir is None
+
+
+def test_a_deepspeed_config_of_the_users_own_is_frozen(tmp_path, sbatch, capsys):
+    own = tmp_path / "own.json"
+    own.write_text((ROOT / "deepspeed_configs" / "zero2.json").read_text())
+    words = ["pretrain", f"run_dir={tmp_path}/run", f"pretrain.engine.zero={own}", "distill.engine.zero=zero1"]
+    assert main(["submit", "quickstart", *words]) == 0
+    before = own.read_text()
+    own.write_text("{")
+    frozen = load_recipe(str(tmp_path / "run" / "slurm" / "recipe.yaml"))
+    assert Path(frozen.pretrain.engine.zero).parent == tmp_path / "run" / "slurm"
+    assert Path(frozen.pretrain.engine.zero).read_text() == before and frozen.distill.engine.zero == "zero1"
+    words[1] = f"run_dir={tmp_path}/other"
+    assert main(["submit", "quickstart", *words]) == 2 and "own.json:1" in capsys.readouterr().err
+
+
+def test_two_submissions_of_one_run_folder_do_not_meet(tmp_path, sbatch, capsys):
+    with alone_in(tmp_path / "run" / "slurm"):
+        assert main(["submit", "quickstart", f"run_dir={tmp_path}/run"]) == 75
+    assert "another process is at work" in capsys.readouterr().err and not sbatch.with_name("sbatch.said").exists()
 
 
 @pytest.mark.parametrize(

@@ -309,8 +309,9 @@ def work(monkeypatch):
     def run(recipe: Recipe) -> list[int]:
         counts = [0, 0, 0]
         for index, where in enumerate(("data.corpus.read_file", "prepare.train_tokenizer", "data.shards.write_index")):
+            original = pkgutil.resolve_name(f"trainer.{where}")
 
-            def counted(*arguments, index=index, original=pkgutil.resolve_name(f"trainer.{where}"), **keys):
+            def counted(*arguments, index=index, original=original, **keys):
                 counts[index] += 1
                 return original(*arguments, **keys)
 

@@ -36,9 +36,7 @@ class SourceCounts:
     documents_read: int = 0
     documents_kept: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
-    content: "dict[Split, hashlib._Hash]" = field(
-        default_factory=lambda: {split: hashlib.sha256() for split in SPLITS}
-    )
+    content: "dict[Split, hashlib._Hash]" = field(default_factory=lambda: {split: hashlib.sha256() for split in SPLITS})
     """Over the digests of the kept documents, in order: two equal ones had the same text to work with."""
 
     def state(self) -> dict[str, Any]:

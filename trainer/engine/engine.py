@@ -164,8 +164,8 @@ class Engine:
 
     def described(self) -> dict[str, Any]:
         """What was really launched, for launch.json."""
-        about = {"ranks": self.world, "strategy": self.strategy_name,
-                 "types": precision.types(self._training.precision, bool(self.zero and self.zero.converts))}  # fmt: skip
+        types = precision.types(self._training.precision, self.zero is not None and self.zero.converts)
+        about = {"ranks": self.world, "strategy": self.strategy_name, "types": types}
         return about | ({"zero": self.zero.name, "deepspeed_config": self.zero.config} if self.zero else {})
 
     def _resolved_zero(self, world: int, hidden_size: int) -> ZeroConfig:
