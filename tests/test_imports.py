@@ -104,8 +104,8 @@ EXPORT_MAY_IMPORT = ("trainer.errors", "trainer.config", "trainer.export_config"
                      "trainer.data", "trainer.environment", "trainer.__main__")  # fmt: skip
 
 SLURM_MAY_IMPORT = ("trainer.errors", "trainer.sections", "trainer.config", "trainer.slurm_config", "trainer.artifact",
-                    "trainer.recipe_file", "trainer.environment", "trainer.engine.launch", "trainer.chain",
-                    "trainer.__main__")  # fmt: skip
+                    "trainer.recipe_file", "trainer.environment", "trainer.engine.launch", "trainer.engine.zero",
+                    "trainer.chain", "trainer.__main__")  # fmt: skip
 
 
 def sources() -> list[Path]:

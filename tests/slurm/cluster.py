@@ -1,6 +1,7 @@
 """A real SLURM of several nodes on this machine, and lmworks jobs on it: started, watched, disturbed, compared.
 The daemons are slurm_local.sh's; what must come of a disturbance is said by the tests and the drill."""
 
+import contextlib
 import json
 import os
 import random
@@ -10,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,18 @@ class Cluster:
 
     def start_node(self, name: str) -> None:
         self._local("start-node", name)
+
+    @property
+    def has_networks(self) -> bool:
+        """Whether each node has a network of its own, whose speed can be set."""
+        return "isolation=net" in (self.folder / "setup").read_text()
+
+    @contextlib.contextmanager
+    def slow_node(self, name: str) -> Iterator[None]:
+        """A node whose network is slow while the block runs."""
+        self._local("slow-node", name)
+        yield
+        self._local("fast-node", name)
 
     def ranks(self, job: str, node: str = "") -> list[int]:
         """Process ids of a job's ranks, of all nodes or of one."""

@@ -180,6 +180,20 @@ def test_a_node_that_is_not_fit_is_named_and_excluded(cluster, recipe, acting, t
     assert "n2" not in cluster.call("scontrol", "show", "hostnames", facts["NodeList"]).stdout.split()
 
 
+def test_a_node_with_a_slow_network_is_named_and_excluded(cluster, recipe, acting):
+    if not cluster.has_networks:
+        pytest.skip("the nodes share one network here: it takes root and iproute2 to give each its own")
+    real = f'if [ "$2" = slurm.preflight ]; then exec {sys.executable} "$@"; fi\necho 0 >"$outcome/0"'
+    path = recipe(slurm={"preflight": True, "pretrain": {"nodes": 3}})
+    with cluster.slow_node("n2"):
+        site = acting(real, min_all_reduce_gb_s=0.15)
+        chain = cluster.submit(path, "pretrain", "--site", site, "pretrain.micro_batch_size=4")
+        assert chain.ended() == "COMPLETED", chain.log()
+    assert "preflight: n2 is not fit: all-reduce with each neighbour at 0.0" in chain.log()
+    assert chain.log().count("is not fit") == 1 and "excluded: n2" in chain.log()
+    assert "preflight: 3 nodes, all-reduce of 64 MiB at" in chain.log()  # at the second start
+
+
 def test_nodes_that_are_all_unfit_are_tried_on_others_once(cluster, recipe, acting):
     """Every node lacks GPUs: not the nodes' fault, so that not all of a cluster is excluded one after the other."""
     unfit = 'for node in "${@:6}"; do all=${all:+$all,}$node; done; echo "$all"'

@@ -341,8 +341,8 @@ def test_a_signal_that_was_ignored_is_ignored_again_when_training_is_over():
 
 def test_the_frozen_code_runs_without_the_checkout(tmp_path):
     code = tmp_path / frozen.code_name()
-    frozen.freeze(tmp_path, {"recipe.yaml": "seed: 1\n"}, code)
-    frozen.freeze(tmp_path, {"recipe.yaml": "seed: 2\n"}, code)
+    for seed in ("seed=1", "seed=2"):
+        frozen.freeze(tmp_path, {"recipe.yaml": load_recipe("quickstart", [seed])}, code)
     where = "import trainer, slurm.rank, export; print(trainer.__file__, slurm.rank.__file__)"
     done = subprocess.run(
         [sys.executable, "-c", where], cwd=tmp_path, env={"PYTHONPATH": str(code)}, capture_output=True, text=True
@@ -351,7 +351,7 @@ def test_the_frozen_code_runs_without_the_checkout(tmp_path):
     again = [sys.executable, "-m", "trainer", "submit", "quickstart", "--dry-run"]
     done = subprocess.run(again, cwd=tmp_path, env={"PYTHONPATH": str(code)}, capture_output=True, text=True)
     assert done.stdout.count("# ====") == 7 and frozen.code_name() in done.stdout
-    assert (tmp_path / "recipe.yaml").read_text() == "seed: 2\n"
+    assert load_recipe(str(tmp_path / "recipe.yaml")).seed == 2
     assert "torch" in json.loads((tmp_path / "environment.json").read_text())["installed"]
 
 

@@ -330,7 +330,7 @@ def result(recipe: Recipe) -> dict[str, str]:
 
 @pytest.fixture
 def recipe_and_whole(tmp_path) -> tuple[Recipe, dict[str, str]]:
-    """A recipe of 6 files, and what an unbroken run makes of it: 1 tokenizer and 6 shards."""
+    """A recipe of 6 files, and what an unbroken run makes of it: 1 tokenizer and 11 shards."""
     path = write_recipe(tmp_path)
     unbroken = recipe_of(path, run_dir=str(tmp_path / "unbroken"))
     prepare.run(unbroken)
@@ -340,12 +340,12 @@ def recipe_and_whole(tmp_path) -> tuple[Recipe, dict[str, str]]:
 @pytest.mark.parametrize(
     ("where", "calls", "left"),
     [
-        ("data.corpus.read_file", 0, [6, 1, 6]),
-        ("data.corpus.read_file", 3, [3, 1, 6]),
-        ("prepare.train_tokenizer", 0, [0, 1, 6]),
-        ("data.shards.write_index", 0, [0, 0, 6]),
-        ("data.shards.write_index", 2, [0, 0, 4]),
-        ("prepare.write_artifact", 0, [0, 0, 6]),
+        ("data.corpus.read_file", 0, [6, 1, 11]),
+        ("data.corpus.read_file", 3, [3, 1, 11]),
+        ("prepare.train_tokenizer", 0, [0, 1, 11]),
+        ("data.shards.write_index", 0, [0, 0, 11]),
+        ("data.shards.write_index", 2, [0, 0, 9]),
+        ("prepare.write_artifact", 0, [0, 0, 11]),
     ],
 )
 def test_an_interrupted_run_is_gone_on_with(recipe_and_whole, stopped, work, where, calls, left):
@@ -362,7 +362,7 @@ def test_it_is_gone_on_with_after_each_of_several_stops(recipe_and_whole, stoppe
         stopped(recipe, where, 2)
     stopped(recipe, "data.shards.write_index", 1)
     capsys.readouterr()
-    assert work(recipe) == [0, 0, 3]
+    assert work(recipe) == [0, 0, 8]
     assert result(recipe) == whole
     assert "it had finished 6 files, 1 tokenizer, 3 shards" in capsys.readouterr().out
 
@@ -380,13 +380,13 @@ def damage(path: Path) -> None:
 @pytest.mark.parametrize(
     ("spoil", "left"),
     [
-        (lambda folder: damage(folder / "spool" / "train-0"), [6, 1, 6]),
-        (lambda folder: (folder / "spool" / "train-1").unlink(), [6, 1, 6]),
-        (lambda folder: damage(folder / "tokenizer" / "tokenizer.json"), [0, 1, 6]),
-        (lambda folder: damage(folder / "shards" / "train" / "rows-00001.bin"), [0, 0, 5]),
-        (lambda folder: (folder / "shards" / "train" / "rows-00000.idx").unlink(), [0, 0, 6]),
-        (lambda folder: (folder / "journal.jsonl").write_bytes(b"\0" * 100), [6, 1, 6]),
-        (lambda folder: (folder / "journal.jsonl").open("a").write('{"step": "sha'), [0, 0, 4]),
+        (lambda folder: damage(folder / "spool" / "train-0"), [6, 1, 11]),
+        (lambda folder: (folder / "spool" / "train-1").unlink(), [6, 1, 11]),
+        (lambda folder: damage(folder / "tokenizer" / "tokenizer.json"), [0, 1, 11]),
+        (lambda folder: damage(folder / "shards" / "train" / "rows-00001.bin"), [0, 0, 10]),
+        (lambda folder: (folder / "shards" / "train" / "rows-00000.idx").unlink(), [0, 0, 11]),
+        (lambda folder: (folder / "journal.jsonl").write_bytes(b"\0" * 100), [6, 1, 11]),
+        (lambda folder: (folder / "journal.jsonl").open("a").write('{"step": "sha'), [0, 0, 9]),
     ],
     ids=["spool", "no spool", "tokenizer", "shard", "no index", "journal", "cut line"],
 )
@@ -403,7 +403,7 @@ def test_changed_files_and_recipes_are_not_taken_over(recipe_and_whole, stopped,
     stopped(recipe, "data.shards.write_index", 4)
     file = tmp_path / "texts" / "1.txt"
     file.write_text(file.read_text() + "\n\none more block of words")
-    assert work(recipe) == [4, 1, 6]  # 1.txt is the third of 6
+    assert work(recipe) == [4, 1, 11]  # 1.txt is the third of 6
     assert result(recipe) != whole
     changed = recipe_of(tmp_path / "recipe.yaml", run_dir=str(tmp_path / "changed"))
     prepare.run(changed)

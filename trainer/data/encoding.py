@@ -36,11 +36,11 @@ class SplitCounts:
     bytes: int = 0
     tokens: int = 0
 
-    def add(self, text: str, utf8: bytes, tokens: int) -> None:
+    def add(self, text: str, size_bytes: int, tokens: int) -> None:
         """Count one document."""
         self.documents += 1
         self.characters += len(text)
-        self.bytes += len(utf8)
+        self.bytes += size_bytes
         self.tokens += tokens
 
 
@@ -105,7 +105,7 @@ class _Encoder:
                 utf8 = text.encode("utf-8")
                 finished = writer.add(ids + self._end, rank_of(document_digest(utf8)))
                 self._note(finished, split, name, done)
-                self.splits[split].add(text, utf8, len(ids) + len(self._end))
+                self.splits[split].add(text, len(utf8), len(ids) + len(self._end))
                 if split == "validation":
                     self.quality.add(text, ids)
             else:

@@ -17,8 +17,10 @@ from trainer.config import Prepare, Source
 from trainer.data import bytestream
 from trainer.data.corpus import Corpus, collect
 from trainer.data.files import find_files
+from trainer.data.journal import Journal
 from trainer.data.sources import BadDocument, Document, read_file
 from trainer.errors import UserError
+from trainer.recipe_file import recipe_hash
 
 COMPRESS = {".gz": gzip.compress, ".xz": lzma.compress, ".bz2": bz2.compress, ".zst": zstandard.compress}
 
@@ -43,7 +45,9 @@ def text_source(*paths: Path, **keys) -> Source:
 
 def corpus_of(tmp_path: Path, *sources: Source, **keys) -> Corpus:
     keys = {"validation_fraction": 0.3, **keys}
-    return collect(Prepare(sources=sources, tokenizer={"type": "character"}, **keys), tmp_path / "spool")
+    prepare = Prepare(sources=sources, tokenizer={"type": "character"}, **keys)
+    journal = Journal(tmp_path / "work", {"recipe": recipe_hash(prepare)})
+    return collect(prepare, tmp_path / "work" / "spool", journal)
 
 
 def lines_file(path: Path, lines: list[str]) -> Path:
