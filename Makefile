@@ -4,15 +4,21 @@ VENV := .venv
 BIN := $(VENV)/bin
 TORCH := $(shell grep '^torch==' constraints.txt)
 
-.PHONY: quickstart quickstart-gpt test check clean
+.PHONY: quickstart quickstart-gpt test test-slow check clean
 
 quickstart quickstart-gpt: $(VENV)/.installed
 	$(BIN)/lmworks run $@
 
-# Tests use one thread each: two files at a time, each in one process, so that its fixtures are made once; in their own
-# order, in which the longest come early.
+# Tests use one thread each: two files at a time, each in one process, so that its fixtures are made once; the longest
+# come first (tests/conftest.py).
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
 test: check
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(PYTEST) -m "not slow"
+
+# What compiles C++, or proves once more on another model or stage what a quicker test proves.
+test-slow: $(VENV)/.installed
+	$(PYTEST) -m slow
 
 check: $(VENV)/.installed
 	$(BIN)/ruff check .

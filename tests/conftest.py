@@ -11,6 +11,27 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 
+# Files that take longest, first: two are run at a time, and the last one should not run alone.
+LONGEST = (
+    "test_strategies.py",
+    "test_resume.py",
+    "test_cluster.py",
+    "test_export.py",
+    "test_ranks.py",
+    "test_end_to_end.py",
+    "test_optim.py",
+    "test_prepare.py",
+    "test_lamb.py",
+    "test_tensorrt.py",
+    "test_serve.py",
+)
+
+
+def pytest_collection_modifyitems(items):
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.name, len(places)))
+
+
 def pytest_addoption(parser):
     parser.addoption("--write-golden", action="store_true", help="replace the golden losses by what is seen now")
 

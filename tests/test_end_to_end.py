@@ -14,7 +14,7 @@ from trainer.artifact import read_artifact
 from trainer.engine import loop
 
 
-@pytest.mark.parametrize("architecture", ["bert", "gpt2"])
+@pytest.mark.parametrize("architecture", ["bert", pytest.param("gpt2", marks=pytest.mark.slow)])
 def test_the_chain(tiny_recipe, tmp_path, capsys, architecture):
     tree = tiny_recipe(tmp_path / "run", architecture)
     if architecture == "bert":

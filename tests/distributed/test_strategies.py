@@ -146,6 +146,7 @@ def test_without_zero_deepspeed_evaluates_in_the_precision_that_it_trains_in(rec
     assert first["zero0"] == first["bf16"] != first["fp32"]
 
 
+@pytest.mark.slow
 def test_a_second_partition_within_each_node_trains_alike_and_is_resumed(recipe, tmp_path):
     """ZeRO++'s hierarchical partition on four ranks, as if on two nodes of two: against one process, never stopped."""
     config = load_zero("zero3")
@@ -194,7 +195,7 @@ def test_offloaded_state_trains_alike_and_is_saved(recipe, tmp_path):
 KILLS = {"ddp": (4, 0.8), "zero2": (4, 1.2), "zero3": (4, 3.0)}  # how many, and within which time
 
 
-@pytest.mark.parametrize("strategy", KILLS)
+@pytest.mark.parametrize("strategy", ["ddp", "zero2", pytest.param("zero3", marks=pytest.mark.slow)])
 def test_killed_at_any_instant_it_ends_as_if_nothing_had_happened(recipe, tmp_path, strategy):
     """SIGKILL to both ranks at random instants, a checkpoint after every step, every other run saving in background:
     bit for bit, because two numbers have one sum."""

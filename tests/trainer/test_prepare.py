@@ -261,7 +261,7 @@ def test_two_runs_give_the_same_bytes(tmp_path):
 
 def test_a_kill_leaves_nothing_half_and_the_next_run_ends_alike(tmp_path):
     path = write_recipe(tmp_path)
-    command = [sys.executable, "-c", KILLER, str(path), str(tmp_path / "runs"), "8"]
+    command = [sys.executable, "-c", KILLER, str(path), str(tmp_path / "runs"), "5"]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.strip().split("\n")[-1])

@@ -52,7 +52,7 @@ def assert_same_run(one, two, stage="pretrain"):
     assert last[0] == last[1]
 
 
-@pytest.mark.parametrize("architecture", ["bert", "gpt2"])
+@pytest.mark.parametrize("architecture", ["bert", pytest.param("gpt2", marks=pytest.mark.slow)])
 def test_killed_many_times_it_ends_as_if_nothing_had_happened(written_recipe, architecture):
     """Checkpoints after every step, so that many kills fall into saving; dropout on; accumulation 2."""
     settings = {"max_steps": 60, "save_every_steps": 1, "global_batch_size": 12, "micro_batch_size": 6}
@@ -77,22 +77,22 @@ def test_killed_many_times_it_ends_as_if_nothing_had_happened(written_recipe, ar
     assert left == ["LATEST", "step-00000059", "step-00000060"]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
-def test_a_signal_saves_and_exits_75(written_recipe, number):
+def test_a_signal_saves_and_exits_75(written_recipe):
     unbroken = written_recipe(name="unbroken", max_steps=200, save_every_steps=1000)
-    stopped = written_recipe(name="stopped", max_steps=200, save_every_steps=1000)
     assert main(["pretrain", str(unbroken)]) == 0
-    process = subprocess.Popen(
-        [sys.executable, "-m", "trainer.pretrain", str(stopped)], env=ENVIRONMENT, stderr=subprocess.PIPE, text=True
-    )
-    wait_for(run_dir(stopped) / "pretrain" / "metrics.jsonl", '"step": 5,')
-    process.send_signal(number)
-    _, said = process.communicate(timeout=60)
-    assert process.returncode == 75, said
-    assert "run the same command" in said and "Traceback" not in said
-    assert len(list((run_dir(stopped) / "pretrain" / "checkpoints").glob("step-*"))) == 1
-    assert main(["pretrain", str(stopped)]) == 0
-    assert_same_run(unbroken, stopped)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        stopped = written_recipe(name=f"stopped-{number}", max_steps=200, save_every_steps=1000)
+        process = subprocess.Popen(
+            [sys.executable, "-m", "trainer.pretrain", str(stopped)], env=ENVIRONMENT, stderr=subprocess.PIPE, text=True
+        )
+        wait_for(run_dir(stopped) / "pretrain" / "metrics.jsonl", '"step": 5,')
+        process.send_signal(number)
+        _, said = process.communicate(timeout=60)
+        assert process.returncode == 75, said
+        assert "run the same command" in said and "Traceback" not in said
+        assert len(list((run_dir(stopped) / "pretrain" / "checkpoints").glob("step-*"))) == 1
+        assert main(["pretrain", str(stopped)]) == 0
+        assert_same_run(unbroken, stopped)
 
 
 def test_a_signal_in_evaluation_is_answered_there(written_recipe, monkeypatch):
