@@ -68,13 +68,18 @@ def show(job_id: str) -> list[dict[str, str]]:
 
 
 def accounted(job_id: str) -> list[dict[str, str]]:
-    """What the accounting database has of a job that the controller forgot (after MinJobAge, 300 s by default), of its
-    last start; nothing where the cluster keeps no accounts."""
+    """As `show`, from the accounting database, of a job that the controller forgot (after MinJobAge, 300 s by default);
+    nothing where the cluster keeps no accounts."""
     if shutil.which("sacct") is None:
         return []
-    done = run(["sacct", "--allocations", "--noheader", "--parsable2", "--format=State,NodeList", f"--jobs={job_id}"])
+    columns = "JobID,State,NodeList"
+    done = run(["sacct", "--allocations", "--duplicates", "--noheader", "--parsable2", f"--format={columns}",
+                f"--jobs={job_id}"])  # fmt: skip
     rows = [line.split("|") for line in done.stdout.splitlines()] if done.returncode == 0 else []
-    return [{"JobState": row[0].split()[0], "NodeList": row[1].replace("None assigned", "")} for row in rows]
+    starts: dict[str, list[dict[str, str]]] = {}  # of each element of an array; a requeued job has a row for each start
+    for number, state, nodes in rows:
+        starts.setdefault(number, []).append({"JobState": state.split()[0], "NodeList": nodes})
+    return [ended[-1] | {"Restarts": str(len(ended) - 1)} for ended in starts.values()]
 
 
 def unfinished(job_ids: Sequence[str]) -> list[str]:

@@ -10,7 +10,6 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-
 # Files that take longest, first: two are run at a time, and the last one should not run alone.
 LONGEST = (
     "test_strategies.py",

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from slurm import frozen, ledger, rank
+from slurm import commands, frozen, ledger, rank
 from slurm.grid import elements
 from slurm.script import StageJob, render
 from slurm.site import Container, Site, load_site
@@ -236,6 +236,29 @@ def submitted(sbatch: Path) -> list[list[str]]:
         [word.rsplit("/", 1)[-1] for word in line.split() if "kill" not in word and "pars" not in word]
         for line in lines
     ]
+
+
+# What sacct of 22.05 with slurmdbd printed for such jobs.
+SACCT = """case "$*" in
+  *=1) printf '1|REQUEUED|n[1-2]\n1|COMPLETED|n[1-2]\n' ;;
+  *=3) printf '3_0|COMPLETED|n1\n3_1|COMPLETED|n1\n' ;;
+  *=4) echo 'CANCELLED by 0' | sed 's/.*/4|&|n1/' ;;
+  *) echo 'Slurm accounting storage is disabled' >&2; exit 1 ;;
+esac"""
+
+
+def test_states_of_jobs_that_the_controller_forgot_come_from_the_accounts(sbatch):
+    for name, text in (
+        ("sacct", SACCT),
+        ("scontrol", "echo 'slurm_load_jobs error: Invalid job id specified'; exit 1"),
+    ):
+        sbatch.with_name(name).write_text(f"#!/bin/sh\n{text}\n")
+        sbatch.with_name(name).chmod(0o755)
+    assert commands.show("1") == []
+    assert commands.accounted("1") == [{"JobState": "COMPLETED", "NodeList": "n[1-2]", "Restarts": "1"}]
+    assert [facts["JobState"] for facts in commands.accounted("3")] == ["COMPLETED", "COMPLETED"]
+    assert commands.accounted("4")[0]["JobState"] == "CANCELLED"
+    assert commands.accounted("5") == []
 
 
 def test_an_array_has_one_prepare_for_all(tmp_path, sbatch, capsys):
