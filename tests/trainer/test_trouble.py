@@ -117,7 +117,7 @@ def test_spikes_without_end_stop_the_run(written_recipe, monkeypatch, capfd):
 
 
 def test_rewinds_are_counted_over_restarts(written_recipe, monkeypatch, capfd):
-    spike = {"window_steps": 4, "skip_steps": 1, "max_rewinds": 1}
+    spike = {"window_steps": 8, "skip_steps": 1, "max_rewinds": 1}
     path = written_recipe(max_steps=40, save_every_steps=4, loss_spike=spike)
     real, stopped = loop.take_step, []
 
@@ -126,12 +126,12 @@ def test_rewinds_are_counted_over_restarts(written_recipe, monkeypatch, capfd):
             stopped.append(step)
             return None  # as if a signal had come
         taken = real(run, step, batches, counts)
-        return loop.Taken(taken.loss_share * (10 if step in (9, 20) else 1), taken.result)
+        return loop.Taken(taken.loss_share * (10 if step in (9, 24) else 1), taken.result)
 
     monkeypatch.setattr(loop, "take_step", take_step)
     assert main(["pretrain", str(path)]) == 75
     assert main(["pretrain", str(path)]) == 2
-    assert "spiked at step 20 after 1 rewinds" in capfd.readouterr().err
+    assert "spiked at step 24 after 1 rewinds" in capfd.readouterr().err
 
 
 def test_a_full_disk_is_said_and_the_run_goes_on(written_recipe, monkeypatch, capfd):
