@@ -82,7 +82,7 @@ def run(recipe: Recipe) -> None:
         "command": launch_command(),
         "settings": settings.model_dump(mode="json") | {"min_cpu_share": MIN_CPU_SHARE},
         "models": {},
-        **{part: [] for part in ("rows", "quality", "decode", "load")},
+        **{part: [] for part in ("rows", "quality", "decode", "load", "no_energy")},
     }
     pairs = len(models) * len(settings.backends) + 2
     with tempfile.TemporaryDirectory() as folder, _progress(pairs) as advance:
@@ -155,6 +155,8 @@ def measure_backend(
         return {"rows": [{**row, "status": "refused", "reason": audit.reason(settings.provider)} for row in fixed]}
     measured = {"cold_start_s": result["cold_start_s"], "nodes": audit.nodes if audit else None}
     found = {"rows": [{**row, **measured, **figures} for row, figures in zip(fixed, result["rows"], strict=True)]}
+    without = [result["no_energy"], *(row.get("no_energy") for row in (*result["rows"], *result["decode"]))]
+    found["no_energy"] = [{**head, "reason": reason} for reason in dict.fromkeys(without) if reason]
     if job.metric is not None:
         quality = {**head, "metric": job.metric, "value": result["quality"], "sequences": subject.sequences}
         found["quality"] = [quality]

@@ -222,6 +222,11 @@ def _speeds(found: Results) -> Row:
         "batch_size": shape[0] if shape else None,
         "sequence_length": shape[1] if shape else None,
         "threads": _of(student or teacher, "threads"),
+        **{
+            f"{name}_joules": row["joules_per_request"]
+            for name, row in (("teacher", teacher), ("student", student))
+            if _of(row, "joules_per_request") is not None and row is not None
+        },
     }
 
 
@@ -318,7 +323,7 @@ def _bench(recipe: Recipe) -> Row | None:
     rows = [_without_figures(row, reasons[row["model"], row["backend"]]) for row in report["rows"]]
     others = {
         part: [entry for entry in report.get(part, []) if not reasons.get((entry["model"], entry["backend"]))]
-        for part in ("quality", "decode", "load")
+        for part in ("quality", "decode", "load", "no_energy")
     }
     return report | {"rows": rows} | others
 
