@@ -296,13 +296,14 @@ serve.ensure_environment = lambda folder, image: Path(sys.argv[1])
 serve.write_served = lambda packed, target: None
 serve._check_ports = lambda endpoints: None
 serve._command = lambda *words: ["sh", "-c", sys.argv[2]]
-serve._wait_until_ready = lambda *words: None
-raise SystemExit(main(["serve", "nowhere"]))
+if sys.argv[3] != "starting":
+    serve._wait_until_ready = lambda *words: None
+raise SystemExit(main(["serve", "nowhere", "--http-port", sys.argv[4]]))
 """
 
 
-@pytest.mark.parametrize("numbers", [(signal.SIGTERM,), (signal.SIGINT, signal.SIGTERM)], ids=["one", "both at once"])
-def test_signals_end_the_server_also_both_in_one_instant(numbers, tmp_path):
+@pytest.mark.parametrize("moment", ["starting", "ready", "ending"])
+def test_signals_end_the_server_also_both_in_one_instant(moment, tmp_path):
     """Another program stands for the server, which takes a second to end. Both signals wait for a process that stands
     still, and come together when it goes on."""
     (tmp_path / "pytriton" / "tritonserver" / "backends" / "python").mkdir(parents=True)
@@ -311,17 +312,19 @@ def test_signals_end_the_server_also_both_in_one_instant(numbers, tmp_path):
     (stub / "triton_python_backend_stub").touch()
     pid = tmp_path / "pid"
     server = f"trap 'sleep 1; exit 0' TERM; echo $$ > {pid}; while :; do sleep 0.1; done"
-    command = [sys.executable, "-c", _SERVING, str(tmp_path), server]
+    command = [sys.executable, "-c", _SERVING, str(tmp_path), server, moment, str(free_ports()[0])]
     environ = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
     served = subprocess.Popen(command, env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
-        assert "bert_text answers texts" in served.stdout.readline()
+        if moment != "starting":
+            assert "bert_text answers texts" in served.stdout.readline()
         while not pid.is_file() or not pid.read_text().strip():
             time.sleep(0.01)
-        served.send_signal(signal.SIGSTOP)
-        for number in numbers:
+        if moment == "ending":
+            served.send_signal(signal.SIGTERM)
+            time.sleep(0.5)
+        for number in (signal.SIGSTOP, signal.SIGINT, signal.SIGTERM, signal.SIGCONT):
             served.send_signal(number)
-        served.send_signal(signal.SIGCONT)
         said = served.communicate(timeout=60)[1]
     finally:
         served.kill()

@@ -68,7 +68,9 @@ def test_words_stay_whole_in_eighty_columns(capsys, monkeypatch):
     ]
     doctor._show(rows)
     shown = capsys.readouterr().out
-    words = {word for row in rows for text in (row.name, row.state, row.found, row.use, row.do) for word in text.split()}
+    words = {
+        word for row in rows for text in (row.name, row.state, row.found, row.use, row.do) for word in text.split()
+    }
     assert words - set(shown.split()) == set()
 
 
