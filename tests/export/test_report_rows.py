@@ -2,6 +2,8 @@
 
 import json
 
+import pytest
+
 from export.report import describe_rows
 from export.results import read_results, summarize
 from tests.export.synthetic_run import bench, build
@@ -96,17 +98,14 @@ def test_joules_are_on_the_page_where_they_were_measured_and_else_why_not(tmp_pa
     assert "file MiB J/request J/real token of limit" in text_of(page) and "No energy: NVML: Not Supported." in page
 
 
-def test_an_engine_s_row_counts_where_its_graph_and_its_own_numbers_were_proven(tmp_path):
+@pytest.mark.parametrize(("parity", "verified"), [({"max_abs": 1e-6}, True), (None, False)])
+def test_an_engine_s_row_counts_where_its_graph_and_its_own_numbers_were_proven(parity, verified, tmp_path):
     recipe = build(tmp_path / "demo")
 
-    def change(row, **engine):
+    def change(row):
         if row["backend"] == "onnx_fp32":
-            row.update(backend="tensorrt_fp32", engine=engine)
+            row.update(backend="tensorrt_fp32", engine={"parity": parity})
 
-    bench(recipe, lambda row: change(row, parity={"max_abs": 1e-6}))
-    assert summarize(read_results(recipe))["tied_backends"] is not None
-    engines = {row["verified"] for row in describe_rows(read_results(recipe)) if row["backend"] == "tensorrt_fp32"}
-    assert engines == {True}
-    bench(recipe, lambda row: row.update(engine={"parity": None}) if row["backend"] == "tensorrt_fp32" else None)
-    engines = {row["verified"] for row in describe_rows(read_results(recipe)) if row["backend"] == "tensorrt_fp32"}
-    assert engines == {False}
+    bench(recipe, change)
+    rows = describe_rows(read_results(recipe))
+    assert {row["verified"] for row in rows if row["backend"] == "tensorrt_fp32"} == {verified}
