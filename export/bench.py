@@ -39,7 +39,7 @@ from trainer.artifact import ARTIFACT_FILE, content_hash, read_artifact, version
 from trainer.config import Recipe
 from trainer.environment import launch_command
 from trainer.errors import GateFailed, UserError
-from trainer.export_config import ONNX_FILES, Backend, Bench
+from trainer.export_config import ENGINES, ONNX_FILES, Backend, Bench
 from trainer.recipe_file import require_section
 
 _WEIGHTS = "*.safetensors"
@@ -58,7 +58,7 @@ class Subject:
     sequences: int
 
     def folder(self, backend: Backend) -> Path:
-        return self.exported if backend in ONNX_FILES else self.model
+        return self.exported if backend in ONNX_FILES or backend in ENGINES else self.model
 
 
 def run(recipe: Recipe) -> None:
@@ -82,7 +82,7 @@ def run(recipe: Recipe) -> None:
         "command": launch_command(),
         "settings": settings.model_dump(mode="json") | {"min_cpu_share": MIN_CPU_SHARE},
         "models": {},
-        **{part: [] for part in ("rows", "quality", "decode", "load")},
+        **{part: [] for part in ("rows", "quality", "decode", "load", "no_energy")},
     }
     pairs = len(models) * len(settings.backends) + 2
     with tempfile.TemporaryDirectory() as folder, _progress(pairs) as advance:
@@ -138,9 +138,12 @@ def measure_backend(
     """Rows of one model in one backend, and its quality and speed of generating where it has them: from a fresh
     process, if it may be measured."""
     head = {"model": subject.name, "backend": backend}
-    shared = {"threads": threads, "file_mib": file_mib(subject, backend)}
-    fixed = [{**head, **asdict(cell), **shared} for cell in grid(settings)]
+    shared: dict[str, Any] = {"threads": threads, "file_mib": file_mib(subject, backend)}
     reason = refusal(subject, backend)
+    if not reason and backend in ENGINES:
+        reason, engine = ready_engine(subject, ENGINES[backend], threads, scratch)
+        shared |= {"engine": engine, "file_mib": engine.get("file_mib")}
+    fixed = [{**head, **asdict(cell), **shared} for cell in grid(settings)]
     if reason:
         return {"rows": [{**row, "status": "refused", "reason": reason} for row in fixed]}
     job = job_of(subject, backend, settings, threads)
@@ -152,6 +155,8 @@ def measure_backend(
         return {"rows": [{**row, "status": "refused", "reason": audit.reason(settings.provider)} for row in fixed]}
     measured = {"cold_start_s": result["cold_start_s"], "nodes": audit.nodes if audit else None}
     found = {"rows": [{**row, **measured, **figures} for row, figures in zip(fixed, result["rows"], strict=True)]}
+    without = [result["no_energy"], *(row.get("no_energy") for row in (*result["rows"], *result["decode"]))]
+    found["no_energy"] = [{**head, "reason": reason} for reason in dict.fromkeys(without) if reason]
     if job.metric is not None:
         quality = {**head, "metric": job.metric, "value": result["quality"], "sequences": subject.sequences}
         found["quality"] = [quality]
@@ -264,21 +269,33 @@ def _run_module(name: str, threads: int, *arguments: str) -> str:
     return lines[-1].strip() if lines else f"the process ended with status {done.returncode}"
 
 
+def ready_engine(subject: Subject, variant: str, threads: int, scratch: Path) -> tuple[str, dict[str, Any]]:
+    """Why no engine of a variant may be measured here, or nothing, and which one is and what its numbers differ by.
+
+    In a process of its own, so that cold starts are cold: one that was built elsewhere may have to be built anew.
+    """
+    path = scratch / f"{subject.name}-{variant}-engine.json"
+    problem = _run_module("export.rebuild", threads, str(subject.exported), variant, str(path))
+    return (problem, {}) if problem else ("", json.loads(path.read_text(encoding="utf-8")))
+
+
 def refusal(subject: Subject, backend: Backend) -> str:
     """Why this backend must not be measured, or nothing.
 
     An ONNX file needs evidence of passed parity that names its very bytes, and the model it was made from must be
-    the one that is measured beside it. torch is the source itself; the worker holds compiled against eager.
+    the one that is measured beside it, and so does the graph of an engine, whose own numbers `ready_engine` sees to.
+    torch is the source itself; the worker holds compiled against eager.
     """
     if backend == "compile" and not shutil.which(os.environ.get("CXX", "g++")):
         return "torch.compile needs a C++ compiler (g++, or the one that CXX names)"
-    if backend not in ONNX_FILES:
+    graph = f"onnx_{ENGINES[backend]}" if backend in ENGINES else backend
+    if graph not in ONNX_FILES:
         return ""
-    file = subject.exported / ONNX_FILES[backend]
+    file = subject.exported / ONNX_FILES[graph]
     if not (subject.exported / ARTIFACT_FILE).is_file() or not file.is_file():
         return f"{file.name} was not exported"
     record = read_artifact(subject.exported, "onnx")
-    proofs = [proof for proof in record["evidence"] if proof["what"] == f"parity_{backend.removeprefix('onnx_')}"]
+    proofs = [proof for proof in record["evidence"] if proof["what"] == f"parity_{graph.removeprefix('onnx_')}"]
     if not proofs:
         return f"no parity evidence for {file.name}"
     if not is_the_one(proofs[0], file):

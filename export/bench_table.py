@@ -6,7 +6,8 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-_COLUMNS = (  # heading, key of a row, format
+Columns = tuple[tuple[str, str, str], ...]
+_COLUMNS: Columns = (  # heading, key of a row, format
     ("p50 ms", "p50_ms", ".2f"),
     ("p99 ms", "p99_ms", ".2f"),
     ("tokens/s", "real_tokens_per_s", ",.0f"),
@@ -14,34 +15,44 @@ _COLUMNS = (  # heading, key of a row, format
     ("peak MiB", "peak_memory_mib", ",.0f"),
     ("file MiB", "file_mib", ".1f"),
 )
+_ENERGY: Columns = (("J/request", "joules_per_request", ".3g"), ("J/token", "joules_per_token", ".3g"))
 
 
 def show(report: dict[str, Any]) -> None:
     """Print the report as a table, then why rows are without figures, what is no ranking, and all else line by line."""
     console = Console(highlight=False, soft_wrap=True)
-    table = Table(
-        box=SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-        pad_edge=False,
-        caption=f"{report['machine']['cpu']}, {report['machine']['threads']} threads",
+    console.print(
+        _table(report["rows"], _COLUMNS, f"{report['machine']['cpu']}, {report['machine']['threads']} threads")
     )
-    for column in ("model", "backend", "batch"):
-        table.add_column(column, no_wrap=True)
-    for column, _, _ in _COLUMNS:
-        table.add_column(column, justify="right", no_wrap=True)
-    for row in report["rows"]:
-        numbers = [format(row[key], style) if row.get(key) is not None else "" for _, key, style in _COLUMNS]
-        if row["status"] != "ok":
-            numbers[0] = row["status"]
-        table.add_row(row["model"], row["backend"], _shape(row), *numbers)
-    console.print(table)
+    if measured := [row for row in report["rows"] if row.get("joules_per_request") is not None]:
+        console.print(_table(measured, _ENERGY, "energy of the whole GPU"))  # eighty columns have no room for more
     for reason, rows in reasons(report["rows"]).items():
         console.print(f"{', '.join(rows)}: {reason}", markup=False)
+    instead = [(row["model"], row["backend"], row["engine"]["instead"]) for row in report["rows"] if row.get("engine")]
+    for model, backend, reason in dict.fromkeys(each for each in instead if each[2]):
+        console.print(f"{model} {backend}: {reason}; it was built anew for this place", markup=False)
+    for reason in dict.fromkeys(entry["reason"] for entry in report["no_energy"]):
+        console.print(f"no energy: {reason}", markup=False)
     console.print(describe_noise(report["noise"]), markup=False)
     for entry in report["quality"]:
         console.print(f"{entry['model']} {entry['backend']}: {entry['metric']} {entry['value']:.4f}")
     for line in (*map(describe_decode, report["decode"]), *map(describe_load, report["load"])):
         console.print(line, markup=False)
+
+
+def _table(rows: list[dict[str, Any]], columns: Columns, caption: str) -> Table:
+    """Rows with some of their figures; of one that is not ok the first figure's place says so."""
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, caption=caption)
+    for column in ("model", "backend", "batch"):
+        table.add_column(column, no_wrap=True)
+    for column, _, _ in columns:
+        table.add_column(column, justify="right", no_wrap=True)
+    for row in rows:
+        numbers = [format(row[key], style) if row.get(key) is not None else "" for _, key, style in columns]
+        if row["status"] != "ok" and columns is _COLUMNS:
+            numbers[0] = row["status"]
+        table.add_row(row["model"], row["backend"], _shape(row), *numbers)
+    return table
 
 
 def describe_decode(row: dict[str, Any]) -> str:
@@ -50,7 +61,9 @@ def describe_decode(row: dict[str, Any]) -> str:
     if row.get("token_ms") is None:
         return about + f"{row['status']}: {row['reason']}"
     times = f"first token {row['first_token_ms']:.1f} ms, each further {row['token_ms']:.2f} ms"
-    return about + f"{times}, {row['tokens_per_s']:,.0f} tokens/s" + (" (unstable)" if row["status"] != "ok" else "")
+    energy = f", {row['joules_per_token']:.3g} J a new token" if row.get("joules_per_token") is not None else ""
+    shaky = " (unstable)" if row["status"] != "ok" else ""
+    return about + f"{times}, {row['tokens_per_s']:,.0f} tokens/s{energy}{shaky}"
 
 
 def describe_load(entry: dict[str, Any]) -> str:

@@ -14,10 +14,11 @@ from typing import Any
 
 import numpy as np
 
+from export import energy
 from export.generate import Sampling, generate
 from export.io_spec import read_spec
 from export.provider_audit import audit
-from export.runners import Runner, open_runner
+from export.runners import CPU_PROVIDER, Runner, open_runner
 from export.scores import score
 from export.windows import (
     MIN_CPU_SHARE,
@@ -71,19 +72,23 @@ def main(path: Path) -> None:
     folder, threads = Path(job.folder), job.settings.threads
     cells = [_named(arrays, f"cell{index}|") for index in range(job.cells)]
     runner, cold_start_s = open_cold(job, cells[0])
-    rows = [measure_row(runner, inputs, job.settings, SystemClock()) for inputs in cells]
+    counter, no_energy = (None, "") if job.provider == CPU_PROVIDER else energy.open_counter()
+    rows = [measure_row(runner, inputs, job.settings, SystemClock(), counter) for inputs in cells]
     if job.backend == "compile":
         check_compiled(runner, open_runner(folder, "eager", threads, job.provider), cells)
     batches = [_named(arrays, f"quality{index}|") for index in range(job.quality_batches)]
     value = score(runner, batches, job.metric).value if job.metric else None
     prompts = [arrays[f"prompts{index}"] for index in range(job.prompts)]
-    decode = [measure_decode(runner, folder, ids_BP, job.new_tokens, job.settings, SystemClock()) for ids_BP in prompts]
+    decode = [
+        measure_decode(runner, folder, ids_BP, job.new_tokens, job.settings, SystemClock(), counter)
+        for ids_BP in prompts
+    ]
     del runner  # a device may have no room for two sessions
     found = None
     if job.audited:
         found = asdict(audit(folder / ONNX_FILES[job.backend], job.provider, threads, cells[0]))
     result = {"rows": rows, "cold_start_s": cold_start_s, "quality": value, "decode": decode, "audit": found}
-    write_json(Path(f"{path}.result"), result)
+    write_json(Path(f"{path}.result"), result | {"no_energy": no_energy})
 
 
 def open_cold(job: Job, inputs: Inputs) -> tuple[Runner, float | None]:
@@ -96,24 +101,42 @@ def open_cold(job: Job, inputs: Inputs) -> tuple[Runner, float | None]:
     return runner, elapsed_s if share is None or share >= MIN_CPU_SHARE else None
 
 
-def measure_row(runner: Runner, inputs: Inputs, settings: Settings, clock: Clock) -> dict[str, Any]:
-    """Measured part of a report row for one batch of inputs."""
+def measure_row(
+    runner: Runner, inputs: Inputs, settings: Settings, clock: Clock, counter: energy.Counter | None = None
+) -> dict[str, Any]:
+    """Measured part of a report row for one batch of inputs; its energy, where there is a counter of it."""
     reset_peak_memory()
     found = measure(lambda: runner.run(inputs), settings, clock)
     mask_BT = inputs["attention_mask"]
-    return describe(found, len(mask_BT), int(mask_BT.sum()), mask_BT.size) | {"peak_memory_mib": peak_memory_mib()}
+    batch_size, real_tokens = len(mask_BT), int(mask_BT.sum())
+    row = describe(found, batch_size, real_tokens, mask_BT.size) | {"peak_memory_mib": peak_memory_mib()}
+    if counter:
+        joules = energy.joules_per_call(lambda: runner.run(inputs), counter, clock)
+        row |= energy.columns(joules, batch_size, real_tokens)
+    return row
 
 
 def measure_decode(
-    runner: Runner, folder: Path, prompts_BP: np.ndarray, new_tokens: int, settings: Settings, clock: Clock
+    runner: Runner,
+    folder: Path,
+    prompts_BP: np.ndarray,
+    new_tokens: int,
+    settings: Settings,
+    clock: Clock,
+    counter: energy.Counter | None = None,
 ) -> dict[str, Any]:
-    """Generating greedily: time to the first token, and for each further one, from medians of one token and of all."""
+    """Generating greedily: time to the first token, and for each further one, from medians of one token and of all.
+    Joules are of whole texts, and of their new tokens, prompt included."""
     spec, prompts = read_spec(folder), prompts_BP.tolist()
 
     def generating(count: int) -> Measurement:
         return measure(lambda: generate(runner, spec, prompts, Sampling(count)), settings, clock)
 
-    return describe_decode(generating(1), generating(new_tokens), len(prompts_BP), new_tokens)
+    row, batch_size = describe_decode(generating(1), generating(new_tokens), len(prompts_BP), new_tokens), len(prompts)
+    if counter:
+        joules = energy.joules_per_call(lambda: generate(runner, spec, prompts, Sampling(new_tokens)), counter, clock)
+        row |= energy.columns(joules, batch_size, batch_size * new_tokens)
+    return row
 
 
 def describe_decode(first: Measurement, whole: Measurement, batch_size: int, new_tokens: int) -> dict[str, Any]:

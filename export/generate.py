@@ -11,8 +11,10 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from export.device_cache import DeviceDecoder
 from export.io_spec import IoSpec
 from export.runners import OnnxRunner, Pair, Runner
+from export.tensorrt_runner import TensorRTRunner
 from trainer.errors import UserError
 
 # Where ONNX Runtime keeps a session's cache; any other provider keeps it on the CPU.
@@ -102,6 +104,8 @@ class BoundDecoder:
 
 def decoder_of(runner: Runner, spec: IoSpec, encoded: Mapping[str, np.ndarray] | None = None) -> Decoder:
     """The decoder of a runner, on what an encoder put out, if there is one."""
+    if isinstance(runner, TensorRTRunner):  # of a model of one graph: no others become engines
+        return DeviceDecoder(runner, spec)
     if not isinstance(runner, OnnxRunner):
         return CopyingDecoder(runner, spec, encoded or {})
     from onnxruntime import OrtValue

@@ -8,20 +8,23 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from export.generate import Sampling
 from export.io_spec import IoSpec, read_spec
-from export.runners import Pair, Runner, open_onnx, open_torch, open_torch_pair, usable_threads
+from export.runners import Pair, Runner, open_onnx, open_runner, open_torch, open_torch_pair, usable_threads
 from export.texts import not_done, stream_texts, with_end
 from export.verified import Verified, examine
+from trainer.artifact import ARTIFACT_FILE, read_artifact
 from trainer.errors import UserError
+from trainer.export_config import ENGINES, Backend
 
 
 @dataclass(frozen=True)
 class Writer:
-    """A model that writes, opened."""
+    """A model that writes, opened. `folder` has its tokenizer, and says what ends its texts."""
 
+    folder: Path
     runner: Runner | Pair
     spec: IoSpec
     tokenizer: Any
@@ -46,8 +49,8 @@ def run(
     """
     asked = Sampling(max_new_tokens, temperature, top_k, top_p, seed=seed)  # refuses before a model is opened
     writer = open_writer(folder, variant)
-    settings = with_end(asked, folder)
-    if lacking := not_done(folder):
+    settings = with_end(asked, writer.folder)
+    if lacking := not_done(writer.folder):
         _tell(f"{folder} asks for {', '.join(lacking)}, which is not done here: transformers' own text may be another")
     try:
         for prompt in prompts or _lines():
@@ -57,9 +60,10 @@ def run(
 
 
 def open_writer(folder: Path, variant: str | None = None) -> Writer:
-    """A model folder in PyTorch, or a verified form of an exported one in ONNX Runtime: `variant`, or by itself fp32.
+    """A model folder in PyTorch, or a verified form of an exported one: `variant`, or by itself fp32. In ONNX Runtime,
+    or on a GPU, where the folder is the one of its engines.
 
-    Refused as `verified.examine` does; UserError where there is no such form.
+    Refused as `verified.examine` and the loader of engines do; UserError where there is no such form.
     """
     from transformers import AutoTokenizer
 
@@ -73,16 +77,32 @@ def open_writer(folder: Path, variant: str | None = None) -> Writer:
         runner = open_torch_pair(folder, usable_threads()) if spec.encoder else open_torch(folder, usable_threads())
         _tell(f"{folder} in PyTorch, fp32")
     else:
-        subject = examine(folder.name, folder)
+        engines = _is_engines(folder)
+        exported = folder.absolute().parents[1] / "export" / folder.absolute().name if engines else folder
+        subject = examine(exported.name, exported)
         names = list(subject.variants)
         chosen = variant or ("fp32" if "fp32" in names else names[0])
         if chosen not in names:
             raise UserError(
-                f"{folder} has no verified {chosen}", f"one of {', '.join(names)}", "export that variant too"
+                f"{exported} has no verified {chosen}", f"one of {', '.join(names)}", "export that variant too"
             )
-        spec, runner = subject.spec, _open_onnx(subject.variants[chosen])
-        _tell(f"{subject.variants[chosen].file}, which passed parity" + ("" if variant else f"; also: {names}"))
-    return Writer(runner, spec, AutoTokenizer.from_pretrained(folder, local_files_only=True))
+        form, spec, folder = subject.variants[chosen], subject.spec, exported
+        runner = open_runner(exported, _engine(chosen), usable_threads()) if engines else _open_onnx(form)
+        what = f"an engine of {form.file}" if engines else str(form.file)
+        _tell(f"{what}, which passed parity" + ("" if variant else f"; also: {names}"))
+    return Writer(folder, runner, spec, AutoTokenizer.from_pretrained(folder, local_files_only=True))
+
+
+def _is_engines(folder: Path) -> bool:
+    return (folder / ARTIFACT_FILE).is_file() and read_artifact(folder)["kind"] == "engines"
+
+
+def _engine(variant: str) -> Backend:
+    """The backend of a variant's engines; UserError for one of which none are built."""
+    found = {name: backend for backend, name in ENGINES.items()}
+    if variant not in found:
+        raise UserError(f"no engines of {variant}", f"one of {', '.join(found)}", "give it by --variant")
+    return cast(Backend, found[variant])
 
 
 def _open_onnx(form: Verified) -> Runner | Pair:

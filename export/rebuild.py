@@ -1,57 +1,162 @@
-"""A loader that mends: an engine that was built for another place is built anew from the ONNX file that it came from.
-Building is `to_tensorrt`'s, running `tensorrt_runner`'s; an engine of other bytes than its manifest's is not mended.
+"""The loader of engines: the plan that runs here or, where another version or GPU is, one built from the same graph.
+Building is `to_tensorrt`'s, comparing numbers `engine_proof`'s, running `tensorrt_runner`'s; an engine of other bytes
+than its manifest's is not mended.
+
+    python -m export.rebuild EXPORTED VARIANT FILE
 """
 
+import sys
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from export.audit import audit, read_layers
+from export.cases import stdlib_documents
 from export.engine_files import Place, check_place, manifest_of, plan_name, read_manifest, write_manifest
+from export.engine_proof import prove_engine
 from export.files import is_the_one
-from export.io_spec import IoSpec
+from export.io_spec import read_spec
+from export.runners import open_onnx, usable_threads
 from export.tensorrt_library import load_library, this_place
 from export.tensorrt_runner import TensorRTRunner, open_engine
 from export.to_tensorrt import Builder, products
-from trainer.artifact import staging
-from trainer.errors import UserError
+from trainer.artifact import add_evidence, hash_file, read_artifact, staging, write_json
+from trainer.environment import gpus, launch_command
+from trainer.errors import GateFailed, UserError
+from trainer.export_config import Parity, Tolerance
 from trainer.serving_config import TensorRT
 
 # What of a manifest an engine keeps wherever it is built.
 _KEPT = ("variant", "profiles", "tf32", "version_compatible", "hardware_compatibility")
 
 
-def open_fitting(plan: Path, spec: IoSpec, onnx: Path | None = None, cuda_graphs: bool = False) -> TensorRTRunner:
-    """A runner for a plan or, where another library's version or another GPU is here, for one built in its place.
+@dataclass(frozen=True)
+class Origin:
+    """An exported folder's graph that passed parity, for which an engine stands."""
 
-    `onnx` is the graph file that the plan was built from; by default the one beside it. UserError as `fitting_plan`.
+    exported: Path
+    proof: dict[str, Any]
+    """The evidence of its parity."""
+    source: dict[str, Any]
+    """That of the fp32 graph, where there is one, or its own: what the numbers of an engine are held against."""
+
+    @property
+    def variant(self) -> str:
+        return self.proof["what"].removeprefix("parity_")
+
+    @property
+    def graph(self) -> Path:
+        return self.file(self.proof)
+
+    def file(self, proof: dict[str, Any]) -> Path:
+        """The file of which evidence speaks; UserError where it is another by now."""
+        path = self.exported / proof["file"]
+        if not path.is_file():
+            raise UserError(f"{path} is not there")
+        if not is_the_one(proof, path):
+            raise UserError(f"{path} is not the file that passed parity")
+        return path
+
+    @property
+    def engines(self) -> Path:
+        """Where `lmworks tensorrt` puts the engines of this export."""
+        return self.exported.parents[1] / "tensorrt" / self.exported.name
+
+
+@dataclass(frozen=True)
+class Fitting:
+    """A plan that may be run here; `parity`: the evidence of its numbers, None where no GPU is here to give any."""
+
+    plan: Path
+    parity: Mapping[str, Any] | None
+    instead: str = ""
+    """Why it stands in another one's place, if it does."""
+
+
+def open_fitting(exported: Path, variant: str, cuda_graphs: bool = False) -> TensorRTRunner:
+    """A runner for the engine of an exported folder's variant, which gave its graph's numbers on a GPU as this one.
+
+    UserError where none runs here and none can be built, GateFailed for one whose numbers are others.
     """
-    return open_engine(fitting_plan(plan, onnx), spec, onnx, cuda_graphs)
+    found = fitting_plan(origin_of(exported, variant))
+    return open_engine(found.plan, read_spec(exported), cuda_graphs=cuda_graphs)
 
 
-def fitting_plan(plan: Path, onnx: Path | None = None, here: Place | None = None) -> Path:
-    """The plan itself where it runs here, else the one that stands for it, which is built if it is not there yet.
+def origin_of(exported: Path, variant: str) -> Origin:
+    """What an export's record says of a variant; UserError where it has none that passed parity."""
+    record = read_artifact(exported, "onnx")
+    proofs = {proof["what"]: proof for proof in record["evidence"]}
+    proof = proofs.get(f"parity_{variant}")
+    if proof is None:
+        raise UserError(f"{exported} has no verified {variant}", "one", "add it to export.variants and export again")
+    return Origin(exported, proof, proofs.get("parity_fp32", proof))
+
+
+def fitting_plan(origin: Origin, here: Place | None = None) -> Fitting:
+    """The plan of this place, or the one that stands for it, which is built if it is not there yet. Where a GPU is, one
+    that was not run yet is held against its graph, and what came of it is kept.
 
     UserError with why the plan does not run here, and why none can be built in its place: no GPU to build for, no ONNX
-    file of the bytes that the manifest names, or a library that is missing or refuses.
+    file of the bytes that the manifest names, or a library that is missing or refuses. GateFailed for other numbers.
     """
+    record = read_artifact(origin.engines, "engines")
+    library = record["about"]["library"]
+    here = here or this_place(library, load_library(library))
+    plan = _choose(origin, record, here)
     manifest = read_manifest(plan)
-    here = here or this_place(manifest["library"], load_library(manifest["library"]))
+    if any(manifest["onnx"].get(key) != origin.proof.get(key) for key in ("sha256", "data_sha256")):
+        raise UserError(f"{plan} was built from another {origin.proof['file']}", "the one that passed parity",
+                        "build the engine again: lmworks tensorrt RECIPE")  # fmt: skip
     reason = _misfit(plan, manifest, here)
     if not reason:
-        return plan
-    graph = onnx or plan.parent / manifest["onnx"]["file"]
+        return _proven(origin, plan, record)
     try:
-        return _stand_in(plan, manifest, graph, here, reason)
-    except UserError as problem:  # a failed audit is one too
-        found = str(problem).split("\n")[0]
-        raise UserError(
+        return _stand_in(plan, manifest, origin, here, reason)
+    except UserError as problem:
+        found, kind = str(problem).split("\n")[0], GateFailed if isinstance(problem, GateFailed) else UserError
+        raise kind(
             f"{reason}; and none is built in its place: {found}",
             "an engine built for this place",
             "lmworks tensorrt RECIPE",
         ) from None
+
+
+def _choose(origin: Origin, record: Mapping[str, Any], here: Place) -> Path:
+    """The variant's plan for the GPU that is here, or the first one, which tells how another is built."""
+    what = f"audit_{origin.variant}"  # with the compute capability behind it; int8 also begins int8_static
+    built = [entry["file"] for entry in record["evidence"] if entry["what"].rsplit("_", 1)[0] == what]
+    if not built:
+        raise UserError(f"{origin.engines} has no engine of {origin.variant}", "one", "add it to tensorrt.variants")
+    own = plan_name(origin.variant, here.compute_capability or "")
+    return origin.engines / (own if own in built else built[0])
+
+
+def _proven(origin: Origin, plan: Path, record: Mapping[str, Any]) -> Fitting:
+    """A plan that runs here, with the evidence of its numbers, which is gathered now if there is none."""
+    digest = hash_file(plan)
+    for entry in record["evidence"]:
+        if entry["what"].startswith("parity_") and (entry["file"], entry["sha256"]) == (plan.name, digest):
+            return Fitting(plan, entry["metrics"])
+    parity = _hold(origin, plan)
+    if parity is not None:
+        what = f"parity_{origin.variant}_{read_manifest(plan)['compute_capability']}"
+        entry = {"what": what, "file": plan.name, "sha256": digest, "command": launch_command(), "metrics": parity}
+        add_evidence(origin.engines, entry)
+    return Fitting(plan, parity)
+
+
+def _hold(origin: Origin, plan: Path) -> dict[str, Any] | None:
+    """What an engine differs by from its graph on the GPU that is here, under the graph's gate; None without a GPU."""
+    if not gpus():
+        return None
+    spec = read_spec(origin.exported)
+    tolerance = Tolerance.model_validate(origin.proof["thresholds"])
+    source = open_onnx(origin.file(origin.source), usable_threads())
+    text = stdlib_documents(origin.exported)
+    return prove_engine(plan.name, spec, open_engine(plan, spec), source, text, Parity(), tolerance)["metrics"]
 
 
 def _misfit(plan: Path, manifest: Mapping[str, Any], here: Place) -> str:
@@ -63,36 +168,34 @@ def _misfit(plan: Path, manifest: Mapping[str, Any], here: Place) -> str:
     return ""
 
 
-def _stand_in(plan: Path, manifest: Mapping[str, Any], graph: Path, here: Place, reason: str) -> Path:
-    """The plan that was built for this place from `graph`, which must be the file that the manifest names."""
+def _stand_in(plan: Path, manifest: Mapping[str, Any], origin: Origin, here: Place, reason: str) -> Fitting:
+    """The plan that was built for this place, now or before, from the graph that passed parity."""
     if here.compute_capability is None:
         raise UserError("here is no GPU to build for")
     if here.library != manifest["library"]:
         raise UserError(f"it is to be built by {manifest['library']}")
-    if not graph.is_file():
-        raise UserError(f"{graph} is not there")
-    if not is_the_one(manifest["onnx"], graph):
-        raise UserError(f"{graph} is not the file that it was built from")
     folder = plan.parent.with_name(f"{plan.parent.name}.rebuilt") / f"sm{here.compute_capability.replace('.', '')}"
     made = folder / manifest["variant"] / plan_name(manifest["variant"], here.compute_capability)
     if made.is_file() and manifest_of(made).is_file():
         before = read_manifest(made)
-        if before["onnx"] == manifest["onnx"] and not _misfit(made, before, here):
-            return made
-    _build(manifest, graph, made, here)
+        known = before.get("parity") is not None or not gpus()
+        if before["onnx"] == manifest["onnx"] and known and not _misfit(made, before, here):
+            return Fitting(made, before.get("parity"), reason)
+    parity = _build(manifest, origin, made, here)
+    numbers = "no GPU is here to compare its numbers" if parity is None else "it gives its graph's numbers"
     Console(stderr=True, highlight=False).print(
-        f"{reason}: {made} was built in its place; its layers have been read back, its numbers not been compared",
-        soft_wrap=True,
+        f"{reason}: {made} was built in its place; its layers have been read back, {numbers}", soft_wrap=True
     )
-    return made
+    return Fitting(made, parity, reason)
 
 
-def _build(manifest: Mapping[str, Any], graph: Path, made: Path, here: Place) -> None:
-    """Write the engine with its manifest, whole or not at all: same graph, profiles and options, another place."""
+def _build(manifest: Mapping[str, Any], origin: Origin, made: Path, here: Place) -> dict[str, Any] | None:
+    """Write the engine with its manifest, whole or not at all: same graph, profiles and options, another place. Returns
+    what its numbers differ by, where a GPU is here to run it; GateFailed if by too much."""
     assert here.compute_capability is not None
     options = {name: manifest[name] for name in ("tf32", "version_compatible", "hardware_compatibility")}
     settings = TensorRT(library=manifest["library"], **options)
-    builder = Builder(manifest["library"])
+    builder, graph = Builder(manifest["library"]), origin.graph
     plan, description = builder.build_shapes(graph, manifest["profiles"], settings, here.compute_capability)
     if not builder.ahead_of_time:
         description = builder.describe(plan)
@@ -100,6 +203,25 @@ def _build(manifest: Mapping[str, Any], graph: Path, made: Path, here: Place) ->
     what = f"{variant} for {here.compute_capability}"
     audited = audit(what, variant, read_layers(description), products(graph), manifest["audit"]["wider_share"])
     with staging(made.parent) as partial:
-        (partial / made.name).write_bytes(plan)
+        path = partial / made.name
+        path.write_bytes(plan)
         about = {name: manifest[name] for name in _KEPT} | {"audit": audited, "in_place_of": manifest["plan"]}
-        write_manifest(partial / made.name, here, graph, about)
+        write_manifest(path, here, graph, about | {"parity": None})
+        parity = _hold(origin, path)
+        write_manifest(path, here, graph, about | {"parity": parity})
+    return parity
+
+
+def main(exported: Path, variant: str, path: Path) -> None:
+    """Make the engine of a variant ready, in a process of its own, and write into `path` which it is."""
+    found = fitting_plan(origin_of(exported, variant))
+    about = {"plan": str(found.plan), "parity": found.parity, "instead": found.instead}
+    write_json(path, about | {"sha256": hash_file(found.plan), "file_mib": found.plan.stat().st_size / 2**20})
+
+
+if __name__ == "__main__":
+    try:
+        main(Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3]))
+    except UserError as error:  # `bench` puts the last line into the report
+        print(str(error).replace("\n", "; "), file=sys.stderr)
+        raise SystemExit(error.exit_code) from None

@@ -12,7 +12,7 @@ from export.noise import difference, rank
 from trainer.artifact import ARTIFACT_FILE, content_hash, read_artifact
 from trainer.config import Recipe
 from trainer.errors import UserError
-from trainer.export_config import ONNX_FILES
+from trainer.export_config import ENGINES, ONNX_FILES
 
 Row = dict[str, Any]
 STAGES = {"teacher": "pretrain", "student": "distill"}
@@ -144,7 +144,11 @@ def compared_shape(found: Results) -> tuple[int, int] | None:
 
 
 def is_verified(found: Results, row: Row) -> bool:
-    """Whether the row's backend gives the model's own outputs: torch does, an ONNX file needs passed parity."""
+    """Whether the row's backend gives the model's own outputs: torch does, an ONNX file needs passed parity, and an
+    engine both its graph's and its own."""
+    if row["backend"] in ENGINES:
+        graph = found.verified.get((row["model"], f"onnx_{ENGINES[row['backend']]}"), False)
+        return graph and (row.get("engine") or {}).get("parity") is not None
     return row["backend"] in _SOURCE_BACKENDS or found.verified.get((row["model"], row["backend"]), False)
 
 
@@ -218,6 +222,11 @@ def _speeds(found: Results) -> Row:
         "batch_size": shape[0] if shape else None,
         "sequence_length": shape[1] if shape else None,
         "threads": _of(student or teacher, "threads"),
+        **{
+            f"{name}_joules": row["joules_per_request"]
+            for name, row in (("teacher", teacher), ("student", student))
+            if _of(row, "joules_per_request") is not None and row is not None
+        },
     }
 
 
@@ -314,7 +323,7 @@ def _bench(recipe: Recipe) -> Row | None:
     rows = [_without_figures(row, reasons[row["model"], row["backend"]]) for row in report["rows"]]
     others = {
         part: [entry for entry in report.get(part, []) if not reasons.get((entry["model"], entry["backend"]))]
-        for part in ("quality", "decode", "load")
+        for part in ("quality", "decode", "load", "no_energy")
     }
     return report | {"rows": rows} | others
 

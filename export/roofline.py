@@ -24,7 +24,8 @@ _ONCE_A_ROW = {"classification": "pooler|classifier", "feature_extraction": "poo
 _CACHE_BYTES = 4  # fp32, in every form
 # Which product does the work, by the backend's name; int4 products take int8 activations (quantize.py).
 _KINDS = {"onnx_int8": "int8", "onnx_int8_static": "int8", "onnx_int4": "int8", "onnx_fp16": "fp16",
-          "onnx_bf16": "bf16"}  # fmt: skip
+          "onnx_bf16": "bf16", "tensorrt_fp16": "fp16", "tensorrt_bf16": "bf16",
+          "tensorrt_int8_static": "int8"}  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""One face over PyTorch, torch.compile and ONNX Runtime: `run(inputs) -> outputs`, numpy arrays by name.
+"""One face over PyTorch, torch.compile, ONNX Runtime and engines: `run(inputs) -> outputs`, numpy arrays by name.
 What the inputs hold, and what is made of the outputs, is the caller's business.
 
 torch is imported only by the backends that need it, so that an ONNX process holds ONNX Runtime's memory alone.
@@ -16,7 +16,7 @@ import psutil
 
 from export.io_spec import IoSpec, Port, read_spec
 from trainer.errors import UserError
-from trainer.export_config import ONNX_FILES, Backend
+from trainer.export_config import ENGINES, ONNX_FILES, Backend
 
 Arrays = dict[str, np.ndarray]
 CPU_PROVIDER = "CPUExecutionProvider"
@@ -74,6 +74,10 @@ def open_runner(folder: Path, backend: Backend, threads: int, provider: str = CP
 
     Raises UserError where the folder lacks the backend's file, or the backend is not installed as asked.
     """
+    if backend in ENGINES:
+        from export.rebuild import open_fitting
+
+        return open_fitting(folder, ENGINES[backend])
     if backend in ONNX_FILES:
         return open_onnx(folder / ONNX_FILES[backend], threads, provider)
     return open_torch(folder, threads, backend == "compile", "cpu" if provider == CPU_PROVIDER else "cuda")

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import http.client
 import platform
+import re
 import shutil
 import signal
 import socket
@@ -13,9 +14,10 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+import threading
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +27,7 @@ from rich.console import Console
 from export.hostile import check_folder, check_graph
 from export.pack import TRITON_MODELS
 from trainer.artifact import alone_in, hash_tree, read_artifact, staging, versions
-from trainer.errors import GateFailed, UserError
+from trainer.errors import Busy, GateFailed, UserError
 
 # tritonserver 2.51.0 with the Python backend only. Its Python API is not used, so that its dependencies are left out.
 _SERVER = "nvidia-pytriton==0.7.0"
@@ -33,6 +35,14 @@ _NUMPY = "numpy==1.26.4"  # the server's Python backend crashes on arrays of num
 _ENVIRONMENTS = Path.home() / ".cache" / "lmworks" / "triton"  # one folder for each set of requirements
 _MARKER = "lmworks-triton.txt"  # the requirements; a folder without it is not ours to replace
 _READY_LIMIT_S = 300.0  # assumed: a large model from a slow disk
+_INSTALL_LIMIT_S = 900.0  # assumed: another process's, from a slow index
+_TURN_S = 0.5
+_LOOK_S = 0.1
+# What tritonserver 2.51 says of a machine without a GPU, or without CUDA's driver, as errors and a warning.
+_NO_GPU = re.compile(
+    r"CudaDriverHelper has not been initialized|no pinned memory pool, falling back to non-pinned|"
+    r"unable to create stream for \S+: (CUDA driver version is insufficient|no CUDA-capable device)"
+)
 _STOP_LIMIT_S = 5.0  # that clients with open connections get
 
 
@@ -66,18 +76,24 @@ def run(
     site = ensure_environment(environment or default, record["about"]["image"])
     with (
         tempfile.TemporaryDirectory(prefix="lmworks-serve-") as scratch,
-        contextlib.suppress(KeyboardInterrupt),
-        _sigterm_as_interrupt(),
-        serving(packed, site, endpoints, Path(scratch)) as server,
+        _until_signalled() as stopped,
+        serving(packed, site, endpoints, Path(scratch), stopped) as server,
     ):
+        if stopped():
+            return
         ensemble = record["about"]["models"]["ensemble"]
         Console(highlight=False).print(
             f"{ensemble} answers texts on http://{address}:{http_port} and grpc://{address}:{grpc_port} "
             f"(metrics on {metrics_port}); ask it with {packed / 'client.py'}; Ctrl-C ends it",
             soft_wrap=True,
         )
-        status = server.wait()
-        raise UserError(f"the server ended with status {status}", "a server that runs on", "read its messages above")
+        while server.poll() is None and not stopped():
+            time.sleep(_LOOK_S)
+        if stopped():
+            return
+        raise UserError(
+            f"the server ended with status {server.returncode}", "a server that runs on", "read its messages above"
+        )
 
 
 def read_packed(packed: Path) -> dict[str, Any]:
@@ -100,22 +116,58 @@ def read_packed(packed: Path) -> dict[str, Any]:
 def ensure_environment(folder: Path, image: str) -> Path:
     """site-packages of the server's own environment, made once; UserError where it cannot be installed.
 
-    One of other requirements is replaced; a folder that holds anything else is refused.
+    Waits for another process that is at work on one. One of other requirements is replaced; a folder that holds
+    anything else is refused.
     """
-    wanted = "\n".join(_requirements()) + "\n"
     site = folder / "lib" / f"python{_python()}" / "site-packages"
-    made = folder / _MARKER
-    if made.is_file() and made.read_text(encoding="utf-8") == wanted and site.is_dir():
+    if _is_made(folder, site):
         return site
-    if folder.exists() and not made.is_file() and (not folder.is_dir() or any(folder.iterdir())):
+    if folder.exists() and not (folder / _MARKER).is_file() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} is there and no environment of ours", "an empty folder or none", "name another one")
-    Console(stderr=True, highlight=False).print(
-        f"installing {', '.join(_requirements())} into {folder}, once", soft_wrap=True
-    )
-    with alone_in(folder.parent), staging(folder) as partial:
-        _install(partial, image)
-        (partial / _MARKER).write_text(wanted, encoding="utf-8")
+    with _in_turn(folder.parent):
+        if not _is_made(folder, site):  # or the other one made it
+            _make(folder, image)
     return site
+
+
+def _is_made(folder: Path, site: Path) -> bool:
+    made = folder / _MARKER
+    return made.is_file() and made.read_text(encoding="utf-8") == _marker() and site.is_dir()
+
+
+def _marker() -> str:
+    return "\n".join(_requirements()) + "\n"
+
+
+@contextlib.contextmanager
+def _in_turn(folder: Path) -> Iterator[None]:
+    """Hold a folder while the block runs, after whoever holds it now; said once."""
+    until, told = time.monotonic() + _INSTALL_LIMIT_S, False
+    while True:
+        with contextlib.ExitStack() as held:
+            try:
+                held.enter_context(alone_in(folder))
+            except Busy:
+                if time.monotonic() > until:
+                    raise
+            else:
+                yield
+                return
+        if not told:
+            _tell(f"waiting for another lmworks, which is installing into {folder}")
+            told = True
+        time.sleep(_TURN_S)
+
+
+def _make(folder: Path, image: str) -> None:
+    _tell(f"installing {', '.join(_requirements())} into {folder}, once")
+    with staging(folder) as partial:
+        _install(partial, image)
+        (partial / _MARKER).write_text(_marker(), encoding="utf-8")
+
+
+def _tell(what: str) -> None:
+    Console(stderr=True, highlight=False).print(what, soft_wrap=True)
 
 
 def write_served(packed: Path, target: Path) -> None:
@@ -130,19 +182,39 @@ def write_served(packed: Path, target: Path) -> None:
 
 
 @contextlib.contextmanager
-def serving(packed: Path, site: Path, endpoints: Endpoints, scratch: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """A server that is ready, for as long as the block runs; UserError if it does not become so."""
+def serving(
+    packed: Path, site: Path, endpoints: Endpoints, scratch: Path, stopped: Callable[[], bool] = lambda: False
+) -> Iterator[subprocess.Popen[str]]:
+    """A server that is ready, or not any more wanted, for as long as the block runs; UserError if it does not become
+    ready. What it says is in `scratch`/server.log, and on standard error what is not known to be harmless."""
     write_served(packed, scratch / "models")
     triton = site / "pytriton" / "tritonserver"
     backend = scratch / "backends" / "python"
     shutil.copytree(triton / "backends" / "python", backend)
     shutil.copy(triton / "python_backend_stubs" / _python() / "triton_python_backend_stub", backend)
-    server = subprocess.Popen(_command(triton, endpoints, scratch), env=_environment(site), stdin=subprocess.DEVNULL)
+    command, environment = _command(triton, endpoints, scratch), _environment(site)
+    server = subprocess.Popen(
+        command, env=environment, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, errors="replace"
+    )
+    assert server.stderr is not None
+    relay = threading.Thread(target=_relay, args=(server.stderr, scratch / "server.log"), daemon=True)
+    relay.start()
     try:
-        _wait_until_ready(server, endpoints)
+        _wait_until_ready(server, endpoints, stopped)
         yield server
     finally:
         _stop(server)
+        relay.join(_STOP_LIMIT_S)  # whatever the server leaves behind may hold its end of the pipe
+
+
+def _relay(lines: Iterable[str], log: Path) -> None:
+    """Write what the server says into a file, and show what is more than the lack of a GPU."""
+    with log.open("w", encoding="utf-8") as file:
+        for line in lines:
+            print(line, end="", file=file, flush=True)
+            if not _NO_GPU.search(line):
+                with contextlib.suppress(OSError):  # nobody looks any more; the server must not wait for that
+                    print(line, end="", file=sys.stderr, flush=True)
 
 
 def _command(triton: Path, endpoints: Endpoints, scratch: Path) -> list[str]:
@@ -174,11 +246,14 @@ def _environment(site: Path) -> dict[str, str]:
     }
 
 
-def _wait_until_ready(server: subprocess.Popen[bytes], endpoints: Endpoints) -> None:
+def _wait_until_ready(server: subprocess.Popen[str], endpoints: Endpoints, stopped: Callable[[], bool]) -> None:
     ask = urllib.request.build_opener(urllib.request.ProxyHandler({})).open  # no proxy leads to this machine
     until = time.monotonic() + _READY_LIMIT_S
     while time.monotonic() < until:
-        if server.poll() is not None:
+        ended = server.poll() is not None
+        if stopped():
+            return
+        if ended:
             raise UserError(
                 f"the server ended with status {server.returncode} as it started",
                 "a model that loads",
@@ -192,7 +267,7 @@ def _wait_until_ready(server: subprocess.Popen[bytes], endpoints: Endpoints) -> 
     raise UserError(f"the server is not ready after {_READY_LIMIT_S:.0f} s", "a model that loads", "read its messages")
 
 
-def _stop(server: subprocess.Popen[bytes]) -> None:
+def _stop(server: subprocess.Popen[str]) -> None:
     server.terminate()
     try:
         server.wait(2 * _STOP_LIMIT_S)
@@ -202,13 +277,19 @@ def _stop(server: subprocess.Popen[bytes]) -> None:
 
 
 @contextlib.contextmanager
-def _sigterm_as_interrupt() -> Iterator[None]:
-    """Ended by a service manager, the verb still ends its server."""
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+def _until_signalled() -> Iterator[Callable[[], bool]]:
+    """Whether SIGINT or SIGTERM has come since. They raise nothing: an exception of a second one, in the middle of what
+    the first one began, would leave the server running."""
+    seen: list[int] = []
+    before = {
+        number: signal.signal(number, lambda number, frame: seen.append(number))
+        for number in (signal.SIGINT, signal.SIGTERM)
+    }
     try:
-        yield
+        yield lambda: bool(seen)
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _check_ports(endpoints: Endpoints) -> None:

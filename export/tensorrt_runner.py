@@ -11,6 +11,7 @@ import numpy as np
 
 from export.engine_files import check_place, read_manifest
 from export.io_spec import IoSpec, Port
+from export.profiles import Profile, require_profile
 from export.runners import Arrays
 from export.tensorrt_library import load_library, this_place
 from trainer.errors import UserError
@@ -42,25 +43,47 @@ class TensorRTRunner:
     engine: Any
     inputs: tuple[Port, ...]
     outputs: tuple[Port, ...]
+    profiles: tuple[Profile, ...]
     cuda_graphs: bool = False
+    device: str = "cuda"
+    """torch's name of where buffers lie."""
     _contexts: dict[int, Any] = field(default_factory=dict)  # by profile
     _recorded: dict[tuple[Any, ...], _Bound] = field(default_factory=dict)  # by shapes
 
     def run(self, inputs: Mapping[str, np.ndarray]) -> Arrays:
         """All outputs for `inputs`; UserError for shapes that no profile of the engine takes."""
-        import torch
-
-        profile = self._profile(inputs)
+        profile = require_profile(self.profiles, {port.name: inputs[port.name].shape for port in self.inputs})
         if self.cuda_graphs:
             bound = self._replay(profile, inputs)
         else:
-            if profile not in self._contexts:
-                self._contexts[profile] = self._new_context(profile)
-            bound = self._bind(self._contexts[profile], inputs)
-            self._enqueue(bound.context)
-        torch.cuda.current_stream().synchronize()
+            bound = self._bind(self.context(profile), inputs)
+            self.enqueue(bound.context)
+        self.wait()
         return {name: buffer.float().cpu().numpy() if buffer.is_floating_point() else buffer.cpu().numpy()
                 for name, buffer in bound.outputs.items()}  # fmt: skip
+
+    def context(self, profile: int) -> Any:
+        """The execution context of a profile, made once."""
+        if profile not in self._contexts:
+            self._contexts[profile] = self._new_context(profile)
+        return self._contexts[profile]
+
+    def enqueue(self, context: Any) -> None:
+        """Begin a call whose shapes and addresses are set."""
+        if not context.execute_async_v3(self._stream()):
+            raise RuntimeError("the engine did not run")
+
+    def wait(self) -> None:
+        """Until all calls are done."""
+        import torch
+
+        if self.device != "cpu":
+            torch.cuda.current_stream().synchronize()
+
+    def _stream(self) -> int:
+        import torch
+
+        return torch.cuda.current_stream().cuda_stream if self.device != "cpu" else 0
 
     def _replay(self, profile: int, inputs: Mapping[str, np.ndarray]) -> _Bound:
         """A recording holds addresses and shapes, so that each has a context of its own."""
@@ -78,17 +101,15 @@ class TensorRTRunner:
         return bound
 
     def _new_context(self, profile: int) -> Any:
-        import torch
-
         context = self.engine.create_execution_context()
-        context.set_optimization_profile_async(profile, torch.cuda.current_stream().cuda_stream)
+        context.set_optimization_profile_async(profile, self._stream())
         return context
 
     def _bind(self, context: Any, inputs: Mapping[str, np.ndarray]) -> _Bound:
         """Give a context its inputs, on the GPU, and room for its outputs."""
         import torch
 
-        given = {port.name: torch.from_numpy(inputs[port.name]).cuda() for port in self.inputs}
+        given = {port.name: torch.from_numpy(inputs[port.name]).to(self.device) for port in self.inputs}
         for name, buffer in given.items():
             context.set_input_shape(name, tuple(buffer.shape))
         missing = context.infer_shapes()
@@ -96,8 +117,8 @@ class TensorRTRunner:
         made = {}
         for port in self.outputs:
             shape = tuple(context.get_tensor_shape(port.name))
-            made[port.name] = torch.empty(shape, dtype=getattr(torch, port.dtype), device="cuda")
-        somewhere = torch.empty(1, device="cuda")  # an empty past has no address, and null is none
+            made[port.name] = torch.empty(shape, dtype=getattr(torch, port.dtype), device=self.device)
+        somewhere = torch.empty(1, device=self.device)  # an empty past has no address, and null is none
         for name, buffer in (given | made).items():
             context.set_tensor_address(name, buffer.data_ptr() or somewhere.data_ptr())
         return _Bound(context, given, made)
@@ -109,30 +130,12 @@ class TensorRTRunner:
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            self._enqueue(context)
+            self.enqueue(context)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            self._enqueue(context)
+            self.enqueue(context)
         return graph
-
-    def _enqueue(self, context: Any) -> None:
-        import torch
-
-        if not context.execute_async_v3(torch.cuda.current_stream().cuda_stream):
-            raise RuntimeError("the engine did not run")
-
-    def _profile(self, inputs: Mapping[str, np.ndarray]) -> int:
-        """The first profile that takes the shapes of `inputs`."""
-        for index in range(self.engine.num_optimization_profiles):
-            if all(self._fits(index, port.name, inputs[port.name].shape) for port in self.inputs):
-                return index
-        shapes = ", ".join(f"{port.name} {inputs[port.name].shape}" for port in self.inputs)
-        raise UserError(f"no profile of the engine takes {shapes}", "shapes within tensorrt.profiles", "add a profile")
-
-    def _fits(self, index: int, name: str, shape: tuple[int, ...]) -> bool:
-        low, _, high = self.engine.get_tensor_profile_shape(name, index)
-        return all(least <= axis <= most for least, axis, most in zip(low, shape, high, strict=True))
 
 
 def open_engine(plan: Path, spec: IoSpec, onnx: Path | None = None, cuda_graphs: bool = False) -> TensorRTRunner:
@@ -149,12 +152,13 @@ def open_engine(plan: Path, spec: IoSpec, onnx: Path | None = None, cuda_graphs:
         raise UserError(f"{plan} cannot be loaded, though its manifest fits this place", "an engine that loads")
     ports = [_port(library, engine, engine.get_tensor_name(index), spec) for index in range(engine.num_io_tensors)]
     is_input = {port.name: engine.get_tensor_mode(port.name) == library.TensorIOMode.INPUT for port in ports}
-    return TensorRTRunner(
-        engine,
-        tuple(port for port in ports if is_input[port.name]),
-        tuple(port for port in ports if not is_input[port.name]),
-        cuda_graphs,
+    inputs = tuple(port for port in ports if is_input[port.name])
+    outputs = tuple(port for port in ports if not is_input[port.name])
+    profiles = tuple(
+        {port.name: tuple(map(tuple, engine.get_tensor_profile_shape(port.name, index))) for port in inputs}
+        for index in range(engine.num_optimization_profiles)
     )
+    return TensorRTRunner(engine, inputs, outputs, profiles, cuda_graphs)
 
 
 def _port(library: Any, engine: Any, name: str, spec: IoSpec) -> Port:

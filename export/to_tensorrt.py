@@ -12,10 +12,11 @@ import onnx
 from rich.console import Console
 
 from export.audit import audit, read_layers
-from export.cases import load_documents, make_cases
+from export.cases import load_documents
 from export.engine_files import Place, plan_name, write_manifest
-from export.io_spec import BATCH, SEQUENCE, IoSpec, Port
-from export.parity import check_parity
+from export.engine_proof import prove_engine
+from export.io_spec import BATCH, PAST, SEQUENCE, IoSpec, Port
+from export.profiles import shape_of
 from export.runners import open_onnx, usable_threads
 from export.tensorrt_library import load_library, messages_of, this_place
 from export.tensorrt_runner import open_engine
@@ -32,7 +33,6 @@ from trainer.serving_config import Profile, TensorRT
 # What TensorRT-RTX 1.7 builds for ahead of time that lmworks' users run: A100, L40S and RTX 40, RTX 50.
 _AHEAD_OF_TIME = ("8.0", "8.9", "12.0")
 _PRODUCTS = ("MatMul", "Gemm", "Conv", "Attention")
-_PAST = "past_sequence_length"
 _KEPT_MESSAGES = 5
 
 
@@ -193,7 +193,7 @@ def build_engines(recipe: Recipe, settings: TensorRT, builder: Builder, subject:
                 write_manifest(path, builder.place, one.file, about)
                 evidence.append(_evidence("audit", one.variant, compute_capability, path, audited))
                 if builder.place.compute_capability == compute_capability:
-                    proof = prove(recipe, settings, what, subject, one, path)
+                    proof = prove(recipe, what, subject, one, path)
                     evidence.append(_evidence("parity", one.variant, compute_capability, path, proof["metrics"]))
                 _tell(what, path, audited)
         write_artifact(
@@ -207,26 +207,15 @@ def build_engines(recipe: Recipe, settings: TensorRT, builder: Builder, subject:
     return target
 
 
-def prove(recipe: Recipe, settings: TensorRT, what: str, subject: Subject, one: Verified, plan: Path) -> dict[str, Any]:
+def prove(recipe: Recipe, what: str, subject: Subject, one: Verified, plan: Path) -> dict[str, Any]:
     """Run an engine on the GPU that is here, on real text within its profiles; evidence that it gives the numbers of
     the fp32 graph (or of its own, where there is none). GateFailed where it does not."""
     parity = (recipe.export or Export()).parity
-    most = max(profile.batch_size[2] for profile in settings.profiles)
-    longest = min(parity.max_length, *(profile.sequence_length[2] for profile in settings.profiles))
-    shapes = [shape for shape in parity.shapes if shape[0] <= most and shape[1] <= longest]
-    made = make_cases(load_documents(recipe, subject.folder), subject.spec, shapes, longest, recipe.seed)
-    cases = [case for case in made if any(_takes(profile, *case.mask_BT.shape) for profile in settings.profiles)]
-    if not cases:
-        raise UserError(f"{what}: no case of export.parity.shapes is within a profile", "one", "add such a shape")
     source = open_onnx(subject.variants.get("fp32", one).file, usable_threads())
-    expected = [source.run(case.inputs) for case in cases]
-    candidate: Any = open_engine(plan, subject.spec, one.file)
-    return check_parity(what, subject.spec, candidate, cases, expected, getattr(parity, one.variant))
-
-
-def _takes(profile: Profile, batch: int, length: int) -> bool:
-    (fewest, _, most), (shortest, _, longest) = profile.batch_size, profile.sequence_length
-    return fewest <= batch <= most and shortest <= length <= longest
+    engine = open_engine(plan, subject.spec, one.file)
+    documents = load_documents(recipe, subject.folder)
+    tolerance = getattr(parity, one.variant)
+    return prove_engine(what, subject.spec, engine, source, documents, parity, tolerance, recipe.seed)
 
 
 def choose_variants(settings: TensorRT, builder: Builder, subject: Subject) -> list[Verified]:
@@ -275,18 +264,13 @@ def products(path: Path) -> list[str]:
 
 
 def profile_shapes(port: Port, spec: IoSpec, profile: Profile) -> tuple[tuple[int, ...], ...]:
-    """Smallest, best tuned and largest shape of one input. An axis `a + b` is the sum of its parts."""
+    """Smallest, best tuned and largest shape of one input."""
     lengths = [min(length, spec.max_length) for length in profile.sequence_length]
     pasts = [min(length, spec.max_length) for length in profile.past_length]
-    shapes = []
-    for batch, length, past in zip(profile.batch_size, lengths, pasts, strict=True):
-        sizes = {BATCH: batch, SEQUENCE: length, _PAST: past}
-        shapes.append(
-            tuple(
-                axis if isinstance(axis, int) else sum(sizes[part] for part in axis.split(" + ")) for axis in port.axes
-            )
-        )
-    return tuple(shapes)
+    return tuple(
+        shape_of(port, {BATCH: batch, SEQUENCE: length, PAST: past})
+        for batch, length, past in zip(profile.batch_size, lengths, pasts, strict=True)
+    )
 
 
 def engine_shapes(spec: IoSpec, settings: TensorRT) -> list[dict[str, tuple[tuple[int, ...], ...]]]:

@@ -58,9 +58,14 @@ def render(job: StageJob, site: Site) -> str:
         *_container(job, site),
         *_environment(job, site),
         "",
-        resources.files("slurm").joinpath("job.sh").read_text(encoding="utf-8"),
+        common(),
     ]
     return "\n".join(parts)
+
+
+def common() -> str:
+    """How every script ends."""
+    return resources.files("slurm").joinpath("job.sh").read_text(encoding="utf-8")
 
 
 def _directives(job: StageJob, site: Site) -> Iterator[str]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from slurm import commands, frozen
 from slurm.grid import Element, elements, shares_data
 from slurm.ledger import Ledger
-from slurm.script import StageJob, render
+from slurm.script import StageJob, common, render
 from slurm.site import Site, load_site
 from trainer import chain
 from trainer.artifact import alone_in
@@ -29,7 +29,8 @@ def run(recipe: Recipe, *, stages: Sequence[str], site: str, array: Sequence[str
     scripts = {job.stage: render(job, where) for job in jobs}
     if dry_run:
         for stage, text in scripts.items():
-            print(f"# ==== {stage}.sbatch\n{text}")
+            print(f"# ==== {stage}.sbatch\n{text.removesuffix(common())}# ... and what ends every script, below")
+        print(f"# ==== the end of every script\n{common()}")
         return
     with alone_in(jobs[0].folder):
         _submit(recipe, jobs, scripts, cells)
@@ -40,10 +41,10 @@ def _submit(recipe: Recipe, jobs: Sequence[StageJob], scripts: dict[str, str], c
     ledger = Ledger.read(folder)
     _refuse_second_chain(ledger, recipe)
     _warn_of_slow_saves(jobs)
-    frozen.freeze(folder, _recipes(recipe, cells), jobs[0].code)
     paths = [ledger.write_script(stage, text) for stage, text in scripts.items()]
     for path in paths:
-        commands.check(path)
+        commands.check(path)  # before the copy of the code, which would stay behind
+    frozen.freeze(folder, _recipes(recipe, cells), jobs[0].code)
     ledger.elements = [cell.name for cell in cells]
     _submit_chain(jobs, paths, ledger)
     for job in jobs:

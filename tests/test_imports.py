@@ -21,6 +21,7 @@ WALLS = {
     "onnxscript": ("export/",),
     "tensorrt": ("export/tensorrt_library.py",),
     "tensorrt_rtx": ("export/tensorrt_library.py",),
+    "pynvml": ("export/energy.py",),
     # What runs inside the server has its own imports, and lmworks' own code none of them.
     "triton_python_backend_utils": ("export/triton_models/",),
     "tritonclient": ("export/triton_models/client.py",),

@@ -9,6 +9,7 @@ import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib import metadata
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
@@ -36,7 +37,7 @@ class Verb:
 _FOLDERS = {
     "packed": "a folder that pack wrote",
     "run_dir": "the recipe's run_dir",
-    "folder": "an exported model, or a model folder of transformers",
+    "folder": "an exported model, its engines, or a model folder of transformers",
 }
 _WORDS = {"prompts": "texts to go on from; without any, the lines of standard input"}
 GPU_NAMES = ("a100-40", "a100-80", "h100", "h200", "b200", "l40s", "rtx4090", "v100")  # planning.hardware's
@@ -240,6 +241,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="lmworks", description="Raw text in, a compact served language model out.")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {_version()}")
     commands = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     for name, verb in VERBS.items():
         command = commands.add_parser(name, help=verb.does, description=verb.does)
@@ -261,6 +263,14 @@ def _parser() -> argparse.ArgumentParser:
         for flag, told in verb.flags.items():
             command.add_argument(flag, **told)
     return parser
+
+
+def _version() -> str:
+    """Of what is installed; a copy of the code alone, as jobs have it, runs without."""
+    try:
+        return metadata.version("lmworks")
+    except metadata.PackageNotFoundError:
+        return "(not installed)"
 
 
 if __name__ == "__main__":

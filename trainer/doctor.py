@@ -304,12 +304,14 @@ def _output(command: list[str]) -> str | None:
 
 
 def _show(findings: list[Finding]) -> None:
+    """Three columns, as words of five would not fit into eighty characters whole."""
     table = Table(title="lmworks doctor")
-    for column in ("", "state", "found", "usable for", "to do"):
+    for column in ("", "state", "found, usable for, to do"):
         table.add_column(column, overflow="fold")
     for row in findings:
         style = _STYLES[row.state]
-        cells = [escape(text) for text in (row.name, row.state, row.found, row.use, row.do)]
+        about = [row.found, row.use, f"to do: {row.do}" if row.do else ""]
+        cells = [escape(text) for text in (row.name, row.state, "\n".join(text for text in about if text))]
         table.add_row(*cells, style=style if row.state != "ok" else "")
     Console().print(table)
 

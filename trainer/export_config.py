@@ -105,8 +105,16 @@ class Calibration(Section):
 
 Precision = Literal["fp32", "fp16", "bf16", "int8", "int8_static", "int4"]
 Backend = Literal[
-    "eager", "compile", "onnx_fp32", "onnx_fp16", "onnx_bf16", "onnx_int8", "onnx_int8_static", "onnx_int4"
-]
+    "eager", "compile", "onnx_fp32", "onnx_fp16", "onnx_bf16", "onnx_int8", "onnx_int8_static", "onnx_int4",
+    "tensorrt_fp32", "tensorrt_fp16", "tensorrt_bf16", "tensorrt_int8_static",
+]  # fmt: skip
+# Engines of the `tensorrt` stage, by either library, to the variant whose graph they stand for.
+ENGINES: dict[str, Precision] = {
+    "tensorrt_fp32": "fp32",
+    "tensorrt_fp16": "fp16",
+    "tensorrt_bf16": "bf16",
+    "tensorrt_int8_static": "int8_static",
+}
 # Names that transformers.js looks for (its DEFAULT_DTYPE_SUFFIX_MAPPING), as far as it knows the precision.
 ONNX_FILES: dict[str, str] = {
     "onnx_fp32": "model.onnx",
@@ -185,8 +193,8 @@ class Bench(Section):
     provider: Literal["CPUExecutionProvider", "CUDAExecutionProvider", "TensorrtExecutionProvider"] = (
         "CPUExecutionProvider"
     )
-    """ONNX Runtime's; with another than the CPU's, PyTorch's rows run on the GPU too. Rows of a graph of which a node
-    ran elsewhere, other than those that reckon with shapes, are refused."""
+    """ONNX Runtime's; with another than the CPU's, PyTorch's rows run on the GPU too, as engines always do. Rows of a
+    graph of which a node ran elsewhere, other than those that reckon with shapes, are refused."""
     threads: PositiveInt | None = None
     """CPU threads for every backend; by default the number of physical cores."""
     window_s: Positive = 0.3
@@ -208,4 +216,10 @@ class Bench(Section):
         others = set(self.load.backends or ()) - set(self.backends) if self.load else set()
         if others:
             raise ValueError(f"load.backends has {', '.join(sorted(others))}, which backends has not")
+        return self
+
+    @model_validator(mode="after")
+    def _engines_are_on_a_gpu(self) -> "Bench":
+        if set(self.backends) & set(ENGINES) and self.provider == "CPUExecutionProvider":
+            raise ValueError("engines run on a GPU, and are compared with what does: set provider to a GPU's")
         return self

@@ -2,6 +2,8 @@
 
 import json
 
+import pytest
+
 from export.report import describe_rows
 from export.results import read_results, summarize
 from tests.export.synthetic_run import bench, build
@@ -83,3 +85,27 @@ def test_the_page_says_where_nodes_ran(tmp_path, capsys):
     assert "teacher onnx int8: 40 on CUDAExecutionProvider, 3 on CPUExecutionProvider;" in text_of(
         report(recipe, capsys)[1]
     )
+
+
+def test_joules_are_on_the_page_where_they_were_measured_and_else_why_not(tmp_path, capsys):
+    recipe = build(tmp_path / "demo")
+    _, page, _ = report(recipe, capsys)
+    assert "J/request" not in page and "No energy" not in page
+    bench(recipe, lambda row: row.update(joules_per_request=0.25, joules_per_token=0.125),
+          no_energy=[{"model": "teacher", "backend": "eager", "reason": "NVML: Not Supported"}])  # fmt: skip
+    summary, page, _ = report(recipe, capsys)
+    assert (summary["teacher_joules"], summary["student_joules"]) == (0.25, 0.25)
+    assert "file MiB J/request J/real token of limit" in text_of(page) and "No energy: NVML: Not Supported." in page
+
+
+@pytest.mark.parametrize(("parity", "verified"), [({"max_abs": 1e-6}, True), (None, False)])
+def test_an_engine_s_row_counts_where_its_graph_and_its_own_numbers_were_proven(parity, verified, tmp_path):
+    recipe = build(tmp_path / "demo")
+
+    def change(row):
+        if row["backend"] == "onnx_fp32":
+            row.update(backend="tensorrt_fp32", engine={"parity": parity})
+
+    bench(recipe, change)
+    rows = describe_rows(read_results(recipe))
+    assert {row["verified"] for row in rows if row["backend"] == "tensorrt_fp32"} == {verified}

@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -195,6 +196,7 @@ def test_the_verb_serves_until_it_is_stopped(packed, environment, client, tmp_pa
     finally:
         served.send_signal(signal.SIGTERM)
         assert served.wait(60) == 0
+    assert (tmp_path / "errors").read_text() == ""  # that there is no GPU is no error
     assert hash_tree(packed / "bert") == before == content_hash(packed / "bert")
     with pytest.raises(OSError), socket.create_connection(("127.0.0.1", http), timeout=1):
         pass
@@ -246,3 +248,86 @@ def test_a_folder_that_is_not_ours_is_not_replaced(tmp_path):
 def test_ports_that_are_none_are_refused():
     with pytest.raises(UserError, match="70000 cannot be listened on"):
         serve._check_ports(serve.Endpoints("127.0.0.1", 70000, 8001, 8002))
+
+
+def test_only_the_lack_of_a_gpu_is_kept_out_of_sight(tmp_path, capsys):
+    harmless = [
+        'E1127 10:52:54.766867 30566 server.cc:241] "CudaDriverHelper has not been initialized."\n',
+        'W1127 10:53:04.676840 30566 pinned_memory_manager.cc:170] "failed to allocate pinned system memory: no pinned '
+        'memory pool, falling back to non-pinned system memory"\n',
+        'E1127 10:53:04.918756 30566 ensemble_scheduler.cc:1468] "unable to create stream for bert_text: CUDA driver '
+        'version is insufficient for CUDA runtime version"\n',
+    ]
+    real = [
+        "E1127 10:53:04.9 1 model_lifecycle.cc:642] failed to load 'bert' version 1: Internal: CUDA out of memory\n",
+        'E1127 10:53:04.9 1 x.cc:1] "unable to create stream for bert_text: out of memory"\n',
+        "Traceback (most recent call last):\n",
+    ]
+    serve._relay([harmless[0], real[0], *harmless[1:], *real[1:]], tmp_path / "server.log")
+    assert capsys.readouterr().err == "".join(real)
+    assert sorted((tmp_path / "server.log").read_text().splitlines(True)) == sorted([*harmless, *real])
+
+
+def test_two_first_calls_make_one_environment(tmp_path, monkeypatch, capsys):
+    made = []
+
+    def install(folder, image):
+        made.append(folder)
+        time.sleep(1.0)
+        (folder / "lib" / f"python{serve._python()}" / "site-packages").mkdir(parents=True)
+
+    monkeypatch.setattr(serve, "_install", install)
+    with ThreadPoolExecutor(2) as pool:
+        sites = list(pool.map(lambda _: serve.ensure_environment(tmp_path / "there", "image"), range(2)))
+    assert sites[0] == sites[1] and sites[0].is_dir() and len(made) == 1
+    said = capsys.readouterr().err
+    assert said.count("installing nvidia-pytriton") == 1
+    assert said.count(f"waiting for another lmworks, which is installing into {tmp_path}") == 1
+
+
+_SERVING = """
+import sys
+from pathlib import Path
+from export import serve
+from trainer.__main__ import main
+
+serve.read_packed = lambda packed: {"about": {"image": "", "models": {"ensemble": "bert_text"}}}
+serve.ensure_environment = lambda folder, image: Path(sys.argv[1])
+serve.write_served = lambda packed, target: None
+serve._check_ports = lambda endpoints: None
+serve._command = lambda *words: ["sh", "-c", sys.argv[2]]
+if sys.argv[3] != "starting":
+    serve._wait_until_ready = lambda *words: None
+raise SystemExit(main(["serve", "nowhere", "--http-port", sys.argv[4]]))
+"""
+
+
+@pytest.mark.parametrize("moment", ["starting", "ready", "ending"])
+def test_signals_end_the_server_also_both_in_one_instant(moment, tmp_path):
+    """Another program stands for the server, which takes a second to end. Both signals wait for a process that stands
+    still, and come together when it goes on."""
+    (tmp_path / "pytriton" / "tritonserver" / "backends" / "python").mkdir(parents=True)
+    stub = tmp_path / "pytriton" / "tritonserver" / "python_backend_stubs" / serve._python()
+    stub.mkdir(parents=True)
+    (stub / "triton_python_backend_stub").touch()
+    pid = tmp_path / "pid"
+    server = f"trap 'sleep 1; exit 0' TERM; echo $$ > {pid}; while :; do sleep 0.1; done"
+    command = [sys.executable, "-c", _SERVING, str(tmp_path), server, moment, str(free_ports()[0])]
+    environ = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+    served = subprocess.Popen(command, env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        if moment != "starting":
+            assert "bert_text answers texts" in served.stdout.readline()
+        while not pid.is_file() or not pid.read_text().strip():
+            time.sleep(0.01)
+        if moment == "ending":
+            served.send_signal(signal.SIGTERM)
+            time.sleep(0.5)
+        for number in (signal.SIGSTOP, signal.SIGINT, signal.SIGTERM, signal.SIGCONT):
+            served.send_signal(number)
+        said = served.communicate(timeout=60)[1]
+    finally:
+        served.kill()
+    assert (served.returncode, said) == (0, "")
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(pid.read_text()), 0)

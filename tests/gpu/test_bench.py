@@ -5,9 +5,11 @@ import onnxruntime
 import pytest
 import torch
 
+from export.energy import joules_per_call, open_counter
 from export.io_spec import read_spec
 from export.provider_audit import audit
 from export.runners import open_onnx, open_torch
+from export.windows import SystemClock
 from tests.export.conftest import model_folder, raw_graph  # noqa: F401 - fixtures
 
 CUDA = "CUDAExecutionProvider"
@@ -35,3 +37,32 @@ def test_pytorch_rows_run_on_the_gpu(model_folder):  # noqa: F811
     there, here = open_torch(folder, 1, device="cuda"), open_torch(folder, 1)
     assert next(there.call.parameters()).is_cuda
     np.testing.assert_allclose(there.run(inputs)["logits"], here.run(inputs)["logits"], atol=1e-3)
+
+
+def test_the_card_s_own_counter_gives_joules():
+    """Products without a pause draw more than nothing and less than any card's limit."""
+    pytest.importorskip("pynvml", reason="nvidia-ml-py is not installed")
+    counter, reason = open_counter()
+    if counter is None:
+        pytest.skip(reason)
+    matrix = torch.randn(4096, 4096, device="cuda")
+
+    def call():
+        for _ in range(50):
+            matrix @ matrix
+        torch.cuda.synchronize()
+
+    call()
+    clock = SystemClock()
+    began_s = clock.wall_s()
+    calls = 0
+
+    def counted():
+        nonlocal calls
+        call()
+        calls += 1
+
+    joules = joules_per_call(counted, counter, clock)
+    if isinstance(joules, str):
+        pytest.skip(joules)
+    assert 20 < joules * calls / (clock.wall_s() - began_s) < 1500

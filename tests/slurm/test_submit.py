@@ -13,7 +13,7 @@ import pytest
 
 from slurm import commands, frozen, ledger, rank
 from slurm.grid import elements
-from slurm.script import StageJob, render
+from slurm.script import StageJob, common, render
 from slurm.site import Container, Site, load_site
 from slurm.submit import STAGES, plan
 from tests.slurm.drill import CASES
@@ -159,9 +159,10 @@ def test_dry_run_prints_scripts_and_writes_nothing(tmp_path, capsys):
     assert main(["submit", "quickstart", *words]) == 0
     said = capsys.readouterr().out
     assert [line for line in said.splitlines() if line.startswith("# ====")] == [
-        "# ==== prepare.sbatch", "# ==== report.sbatch"
+        "# ==== prepare.sbatch", "# ==== report.sbatch", "# ==== the end of every script"
     ]  # fmt: skip
     assert "#SBATCH --partition=cpu" in said and "--gres" not in said
+    assert said.count(common()) == 1 and said.endswith(common() + "\n")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -306,6 +307,13 @@ def test_a_deepspeed_config_of_the_users_own_is_frozen(tmp_path, sbatch, capsys)
     assert main(["submit", "quickstart", *words]) == 2 and "own.json:1" in capsys.readouterr().err
 
 
+def test_a_refused_submission_leaves_no_copy_of_the_code(tmp_path, sbatch, capsys):
+    sbatch.write_text("#!/bin/sh\necho 'sbatch: error: invalid partition specified: gpu' >&2; exit 1\n")
+    assert main(["submit", "quickstart", "prepare", f"run_dir={tmp_path}/run"]) == 2
+    assert "invalid partition" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "run" / "slurm").iterdir()] == ["prepare.sbatch"]
+
+
 def test_two_submissions_of_one_run_folder_do_not_meet(tmp_path, sbatch, capsys):
     with alone_in(tmp_path / "run" / "slurm"):
         assert main(["submit", "quickstart", f"run_dir={tmp_path}/run"]) == 75
@@ -373,7 +381,7 @@ def test_the_frozen_code_runs_without_the_checkout(tmp_path):
     assert done.stdout.count(str(code)) == 2, done.stderr
     again = [sys.executable, "-m", "trainer", "submit", "quickstart", "--dry-run"]
     done = subprocess.run(again, cwd=tmp_path, env={"PYTHONPATH": str(code)}, capture_output=True, text=True)
-    assert done.stdout.count("# ====") == 7 and frozen.code_name() in done.stdout
+    assert done.stdout.count("# ====") == 8 and frozen.code_name() in done.stdout
     assert load_recipe(str(tmp_path / "recipe.yaml")).seed == 2
     assert "torch" in json.loads((tmp_path / "environment.json").read_text())["installed"]
 

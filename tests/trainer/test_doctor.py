@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 
 from trainer import doctor
+from trainer.__main__ import main
 from trainer.doctor import Finding, probe_apart
+from trainer.environment import APEX_BUILD
 from trainer.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -55,6 +57,21 @@ def test_this_machine_passes_and_shows_every_part(capsys, monkeypatch):
     for name in ("Python", "torch", "GPU", "accelerate", "deepspeed", "ONNX Runtime", "tensorrt", "apex", "memory",
                  "disk", "g++", "nvcc", "ninja", "sbatch", "scontrol"):  # fmt: skip
         assert f" {name} " in shown, name
+
+
+def test_words_stay_whole_in_eighty_columns(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    rows = [
+        Finding("tensorboard", "broken", "not installed", "training logs", "pip install tensorboard"),
+        Finding("GPU", "ok", "NVIDIA H100 80GB HBM3, 79.6 GiB, compute capability 9.0", "training in fp32 and bf16"),
+        Finding("onnxscript", "problem", "", "", APEX_BUILD),
+    ]
+    doctor._show(rows)
+    shown = capsys.readouterr().out
+    words = {
+        word for row in rows for text in (row.name, row.state, row.found, row.use, row.do) for word in text.split()
+    }
+    assert words - set(shown.split()) == set()
 
 
 def test_a_broken_core_package_is_exit_2_with_what_to_do(site):
@@ -207,3 +224,10 @@ def test_rows_travel_as_json(capsys):
     line = capsys.readouterr().out.strip()
     assert line.startswith("lmworks-doctor:")
     assert json.loads(line.removeprefix("lmworks-doctor:"))[0]["name"] == "Python"
+
+
+def test_the_version_is_told_without_a_verb(capsys, monkeypatch):
+    monkeypatch.setattr("trainer.__main__.metadata.version", lambda name: {"lmworks": "1.2.3"}[name])
+    with pytest.raises(SystemExit) as ended:
+        main(["--version"])
+    assert (ended.value.code, capsys.readouterr().out) == (0, "lmworks 1.2.3\n")
