@@ -51,7 +51,7 @@ def quantize(raw: Path, quantized: Path) -> None:
     with _only_errors(), tempfile.TemporaryDirectory() as scratch:
         # From a file: of a model in memory the quantizer makes two more copies before it begins.
         prepared, written = (Path(scratch, name) for name in ("raw.onnx", "quantized.onnx"))
-        save_graph(prepared(raw), prepared)
+        save_graph(quantizable(raw), prepared)
         quantize_dynamic(
             prepared,
             written,
@@ -77,7 +77,7 @@ def quantize_by_ranges(
     """
     with _only_errors(), tempfile.TemporaryDirectory() as scratch:
         prepared, ranges, written = (Path(scratch, name) for name in ("raw.onnx", "ranges.json", "quantized.onnx"))
-        save_graph(prepared(raw), prepared)
+        save_graph(quantizable(raw), prepared)
         calibrator = create_calibrator(
             prepared,
             ["MatMul"],
@@ -116,7 +116,7 @@ def quantize_weights(raw: Path, quantized: Path) -> None:
     It pays where weights must be read for few tokens, in decoding: GPT-2 124M, 2 threads, 182 tokens/s against 137 with
     int8 and 54 in fp32. At 128 tokens it is slower than int8 (BERT-base: 108 ms against 45).
     """
-    graph = prepared(raw)
+    graph = quantizable(raw)
     with _only_errors():
         # Imported here, as importing it configures the root logger.
         from onnxruntime.quantization.matmul_nbits_quantizer import DefaultWeightOnlyQuantConfig, MatMulNBitsQuantizer
@@ -137,7 +137,7 @@ class _One(CalibrationDataReader):
         return batch
 
 
-def prepared(raw: Path) -> onnx.ModelProto:
+def quantizable(raw: Path) -> onnx.ModelProto:
     """The raw graph as quantizers take it: heads untied, and without shapes that contradict their own inference."""
     graph = onnx.load(raw)
     untie(graph)

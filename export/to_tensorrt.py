@@ -270,7 +270,7 @@ def choose_capabilities(settings: TensorRT, builder: Builder) -> tuple[str, ...]
 
 
 def capabilities_for(variant: str, settings: TensorRT, builder: Builder) -> tuple[str, ...]:
-    """The same for one variant: without a list of the recipe's, those that cannot multiply in it are left out and said."""
+    """The same for one variant. Of a list that is not the recipe's, those that cannot multiply in it are left out."""
     chosen = choose_capabilities(settings, builder)
     lacking = [one for one in chosen if variant == "fp8" and tuple(map(int, one.split("."))) < _FP8_SINCE]
     if lacking and (settings.compute_capabilities or len(lacking) == len(chosen)):

@@ -58,6 +58,11 @@ class Int4Tolerance(Tolerance):
     min_top1: MinTop1 = 0.85
 
 
+class Fp8Tolerance(Tolerance):
+    relative_rms: RelativeRms = 0.15
+    min_top1: MinTop1 = 0.90
+
+
 class Parity(Section):
     """Shapes and thresholds of the gate. Lengths 1 and the model's maximum are always tried."""
 
@@ -67,7 +72,7 @@ class Parity(Section):
     int8: Int8Tolerance = Int8Tolerance()
     int8_static: Int8Tolerance = Int8Tolerance()
     int4: Int4Tolerance = Int4Tolerance()
-    fp8: Int8Tolerance = Int8Tolerance()
+    fp8: Fp8Tolerance = Fp8Tolerance()
     shapes: tuple[tuple[PositiveInt, PositiveInt], ...] = ((1, 7), (3, 33), (4, 64), (8, 16))
     """(batch, sequence) pairs beside the edge cases."""
     max_length: PositiveInt = 1024

@@ -77,7 +77,9 @@ def test_too_little_text_is_refused_with_the_number(little):
     find = text_finder(little, little.tokenizer_dir, gates)
     size = sum(map(len, of_split(little, "train")))
     assert sum(map(len, find(size))) == size
-    with pytest.raises(UserError, match=rf"there are {size} tokens .* no gate takes\nNeeded: {size + 1}[\s\S]*calibration"):
+    with pytest.raises(
+        UserError, match=rf"there are {size} tokens .* no gate takes\nNeeded: {size + 1}[\s\S]*calibration"
+    ):
         find(size + 1)
 
 
@@ -100,12 +102,16 @@ def test_only_forms_that_calibrate_ask_for_text(model_folder, documents, tmp_pat
 def test_the_stage_calibrates_on_training_text(little, model_folder, monkeypatch):
     """Seen in what the quantizer is given: no row of it begins a document of the validation split."""
     given = []
-    monkeypatch.setattr("export.variants.quantize_by_ranges", lambda raw, file, batches, settings: given.extend(batches))
+    monkeypatch.setattr(
+        "export.variants.quantize_by_ranges", lambda raw, file, batches, settings: given.extend(batches)
+    )
     foreign = model_folder("bert")
     settings = SETTINGS.model_copy(update={"variants": ("fp32", "int8_static"), "calibration": Calibration(batches=2)})
     with pytest.raises(UserError, match="model_int8_static.onnx is not there"):
         stage.export_model(little, settings, "m", foreign, load_documents(little, foreign))
     (first, _) = given
     text = AutoTokenizer.from_pretrained(foreign).decode(first["input_ids"][0])
-    validation = [AutoTokenizer.from_pretrained(little.tokenizer_dir).decode(one) for one in of_split(little, "validation")]
+    validation = [
+        AutoTokenizer.from_pretrained(little.tokenizer_dir).decode(one) for one in of_split(little, "validation")
+    ]
     assert "line" in text and not [line for line in validation if f"{line}line" in text]
