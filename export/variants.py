@@ -11,10 +11,11 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper
 
+from export.dynamic import quantize
 from export.fp8 import FEWEST_OPSET, round_products
 from export.io_spec import IoSpec
 from export.precision import lower, measure_ranges, overflowing
-from export.quantize import quantize, quantize_by_ranges, quantize_weights
+from export.quantize import quantize_by_ranges, quantize_weights
 from export.runners import open_onnx, usable_threads
 from trainer.errors import UserError
 from trainer.export_config import Calibration, Export, Precision
