@@ -78,10 +78,10 @@ class _Quantizing:
         read = {name for node in self.nodes for name in node.input} | outputs
         kept = [node for node in self.nodes if node.output[0] not in self.transposed or node.output[0] in read]
         read = {name for node in kept for name in node.input} | outputs
-        weights = [one for one in self.graph.initializer if one.name in read]
-        del self.graph.node[:], self.graph.value_info[:], self.graph.initializer[:]
+        del self.graph.node[:], self.graph.value_info[:]
         self.graph.node.extend(kept)
-        self.graph.initializer.extend(weights)
+        for weight in [one for one in self.graph.initializer if one.name not in read]:  # one by one: all anew is a copy
+            self.graph.initializer.remove(weight)
 
     def _is_matrix(self, name: str) -> bool:
         return name in self.weights and len(self.weights[name].dims) == 2
@@ -101,7 +101,7 @@ class _Quantizing:
         return self._add("Add", [f"{node.output[0]}_product", node.input[2]], node.output[0], f"{node.name}_add")
 
     def _multiply(self, node: onnx.NodeProto, weight: str, output: str) -> None:
-        name, product = node.name, f"{output}_quantized"
+        name, product = node.name, f"{output}_integers"
         value, scale, zero = self._activation(node.input[0])
         weight, weight_scale, weight_zero = self._weight(weight)
         self._add("MatMulInteger", [value, weight, zero, weight_zero], product, f"{name}_quant")
@@ -112,7 +112,7 @@ class _Quantizing:
     def _look_up(self, node: onnx.NodeProto) -> None:
         table, scale, zero = self._table(node.input[0])
         output = node.output[0]
-        node.input[0], node.output[0] = table, f"{output}_quantized"
+        node.input[0], node.output[0] = table, f"{output}_looked_up"
         self.nodes.append(node)
         self._add("DequantizeLinear", [node.output[0], scale, zero], output, f"{output}_widened")
 

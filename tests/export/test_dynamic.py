@@ -1,4 +1,4 @@
-"""int8 with activations quantized as they come: ONNX Runtime's own nodes and numbers, without its copies of the graph."""
+"""int8 with activations quantized as they come: ONNX Runtime's own nodes and numbers, without its copies of a graph."""
 
 import subprocess
 import sys
@@ -37,10 +37,11 @@ def test_it_makes_the_nodes_and_numbers_of_onnx_runtimes_own(name, model_folder,
 
 
 _MEASURED = """
-import resource, sys
+import sys
 from pathlib import Path
 from export.dynamic import quantize
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+# Not getrusage's: that begins with what the parent held.
+peak = lambda: int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
 before = peak()
 quantize(Path(sys.argv[1]), Path(sys.argv[2]))
 print(peak() - before)
@@ -48,11 +49,11 @@ print(peak() - before)
 
 
 def test_a_large_graph_is_never_in_memory_as_a_whole(tmp_path):
-    """Weights beside the graph, as of all graphs above 2 GB. ONNX Runtime's own took over four times the file."""
+    """Weights beside the graph, as of all graphs above 2 GB. ONNX Runtime's own took three times the file."""
     size, layers = 1024, 24
     random = np.random.default_rng(0)
     weights = [
-        numpy_helper.from_array(random.standard_normal((size, size), dtype=np.float32), f"w{index}")
+        numpy_helper.from_array(random.standard_normal((size, size), dtype=np.float32) / 32, f"w{index}")
         for index in range(layers)
     ]
     nodes = [helper.make_node("MatMul", [f"x{i}", f"w{i}"], [f"x{i + 1}"], name=f"m{i}") for i in range(layers)]
@@ -62,8 +63,10 @@ def test_a_large_graph_is_never_in_memory_as_a_whole(tmp_path):
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
     onnx.save(model, raw, save_as_external_data=True, location=data_file(raw).name, size_threshold=1024)
     command = [sys.executable, "-c", _MEASURED, str(raw), str(tmp_path / "int8.onnx")]
-    grown = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-    assert grown < data_file(raw).stat().st_size
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    grown = int(done.stdout)
+    assert 0.2 < grown / data_file(raw).stat().st_size < 1
     inputs = {"x0": random.standard_normal((1, size), dtype=np.float32)}
     found, expected = (open_onnx(path, 1).run(inputs)[f"x{layers}"] for path in (tmp_path / "int8.onnx", raw))
     assert np.linalg.norm(found - expected) < 0.2 * np.linalg.norm(expected)
