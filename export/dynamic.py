@@ -6,6 +6,7 @@ ONNX Runtime's own `quantize_dynamic` makes the same nodes and numbers, and hold
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -151,7 +152,7 @@ class _Quantizing:
         self.graph.initializer.extend(numpy_helper.from_array(a, n) for a, n in zip(arrays, names, strict=True))
         return names
 
-    def _add(self, kind: str, inputs: list[str], output: str, name: str, **attributes: int) -> None:
+    def _add(self, kind: str, inputs: list[str], output: str, name: str, **attributes: Any) -> None:
         self.nodes.append(helper.make_node(kind, inputs, [output], name=name, **attributes))
 
 
