@@ -143,10 +143,11 @@ class Export(Section):
     """Name to model folder; each is exported to `<run_dir>/export/<name>`. By default `teacher` (pretrain's) and
     `student` (distill's), as far as they exist."""
     variants: Variants = ("fp32", "int8")
-    """`int8` quantizes activations as they come, `int8_static` by ranges from `calibration`; `int4` is weights only,
-    for models that generate text. `bf16` needs a provider that runs it. `fp8` is for TensorRT: ONNX Runtime rounds to
-    it and multiplies in fp32. auto tries all the others that this machine can run and keeps those that pass the gates
-    and are not beaten by another in quality, latency and size at once."""
+    """What is shipped; `fp32` is held first in any case. `int8` quantizes activations as they come, `int8_static` by
+    ranges from `calibration`; `int4` is weights only, for models that generate text. `bf16` needs a provider that runs
+    it. `fp8` is for TensorRT: ONNX Runtime rounds to it and multiplies in fp32. auto tries all the others that this
+    machine can run and keeps those that pass the gates and are not beaten by another in quality, latency and size at
+    once, beyond their noise."""
     provider: Literal["CPUExecutionProvider", "CUDAExecutionProvider"] = "CPUExecutionProvider"
     """ONNX Runtime's, on which the gates run."""
     calibration: Calibration = Calibration()

@@ -23,6 +23,7 @@ from trainer.artifact import read_artifact
 from trainer.config import Recipe
 from trainer.errors import GateFailed, UserError
 from trainer.export_config import Calibration, Export, Parity
+from trainer.serving_config import Pack
 
 E4M3 = TensorProto.FLOAT8E4M3FN
 # Random weights make near-ties of all logits, so that fp8 is judged here by its error alone.
@@ -199,6 +200,8 @@ def test_the_stages_make_it_where_it_is_named(model_folder, documents, builder, 
     assert proof["file"] == "model_fp8.onnx" and proof["calibration"]["batches"] == 16
     subject = examine("bert", tmp_path / "export" / "bert", model_folder("bert"))
     assert choose_variant(subject, "auto", "cpu").variant == "fp32"  # though fp8's file is smaller
+    with pytest.raises(ValueError, match="variant fp8 is for engines alone: set backend: tensorrt"):
+        Pack(variant="fp8")
     build_engines(recipe, recipe.tensorrt, builder, subject)
     assert "bert fp8 for 12.0" in capsys.readouterr().out
     built = read_artifact(tmp_path / "tensorrt" / "bert", "engines")["evidence"]
