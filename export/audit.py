@@ -32,7 +32,8 @@ _TYPES = {
     "fp4": "fp4",
 }
 # Precision of a variant to the types in which its matrices may be multiplied. A product of two activations (scores of
-# attention) has no weight that was quantized, so that it stays in the type that the graph computes in.
+# attention) has no weight that was quantized, so that it stays in the type that the graph computes in; of fp8 it is
+# rounded, too (`fp8`), and a weight that was widened before its product looks like an activation.
 _WEIGHT_TYPES = {
     "fp32": {"fp32"},
     "fp16": {"fp16"},
@@ -42,7 +43,7 @@ _WEIGHT_TYPES = {
     "int4": {"int4", "fp16", "bf16"},  # weights are made fp16 or bf16 right before the product
 }
 _ACTIVATION_TYPES = _WEIGHT_TYPES | {
-    name: _WEIGHT_TYPES[name] | {"fp16", "bf16", "fp32"} for name in ("int8_static", "fp8", "int4")
+    name: _WEIGHT_TYPES[name] | {"fp16", "bf16", "fp32"} for name in ("int8_static", "int4")
 }
 _LINE = re.compile(
     r"^\s*Name: (?P<name>.+?), LayerType: (?P<kind>\w+), Inputs: \[(?P<inputs>.*?)\]"

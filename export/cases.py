@@ -70,14 +70,19 @@ def load_documents(recipe: Recipe, model: Path, limit: int = _MAX_DOCUMENTS) -> 
 
 def stdlib_documents(model: Path) -> list[np.ndarray]:
     """Source files of Python's standard library in the tokens of the model's own tokenizer."""
-    tokenizer = _open_tokenizer(model)
-    files = islice(sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")), _STDLIB_FILES)
-    return _encode(tokenizer, (file.read_text(encoding="utf-8", errors="replace") for file in files))
+    return _encode(open_tokenizer(model), stdlib_texts(gates=True))
+
+
+def stdlib_texts(gates: bool) -> Iterator[str]:
+    """The source files of Python's standard library that gates take, or the others."""
+    files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
+    chosen = files[:_STDLIB_FILES] if gates else files[_STDLIB_FILES:]
+    return (file.read_text(encoding="utf-8", errors="replace") for file in chosen)
 
 
 def vocabulary_difference(model: Path, tokenizer: Path) -> str:
     """The first token that has another id in the model's own tokenizer than in another one; nothing if none has."""
-    theirs, ours = (_open_tokenizer(folder).get_vocab() for folder in (model, tokenizer))
+    theirs, ours = (open_tokenizer(folder).get_vocab() for folder in (model, tokenizer))
     if theirs == ours:
         return ""
     token = min(dict(theirs.items() ^ ours.items()))
@@ -86,11 +91,11 @@ def vocabulary_difference(model: Path, tokenizer: Path) -> str:
 
 def _validation_text_of(recipe: Recipe, prepare: Prepare, model: Path, difference: str, limit: int) -> list[np.ndarray]:
     """The recipe's validation text in the tokens of a model that came from elsewhere."""
-    from trainer.data.corpus import validation_texts
+    from trainer.data.corpus import split_texts
 
     each = max(1, limit // len(prepare.sources))
     try:
-        documents = _encode(_open_tokenizer(model), validation_texts(prepare, each))
+        documents = _encode(open_tokenizer(model), split_texts(prepare, "validation", each))
     except UserError as error:
         found = str(error).split("\n")[0]
         raise UserError(
@@ -103,7 +108,8 @@ def _validation_text_of(recipe: Recipe, prepare: Prepare, model: Path, differenc
     return documents
 
 
-def _open_tokenizer(folder: Path) -> Any:
+def open_tokenizer(folder: Path) -> Any:
+    """The tokenizer in a model's folder; UserError where there is none."""
     from transformers import AutoTokenizer
 
     if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.txt", "vocab.json", "spiece.model")):

@@ -11,14 +11,15 @@ from rich.console import Console
 
 from export import labelled
 from export.bench_inputs import METRICS
+from export.calibration import text_finder
 from export.cases import Documents, load_documents
 from export.files import data_file, size_mib
 from export.front import Form, choose, measure_form, timed_inputs
 from export.gates import Gates
 from export.io_spec import IoSpec, read_spec
-from export.runners import OnnxRunner, open_onnx, usable_threads
+from export.runners import open_onnx, usable_threads
 from export.to_onnx import export_graph, load_model
-from export.variants import check_variant, check_variants, make_variant
+from export.variants import TRIED, check_variant, check_variants, make_variant
 from trainer.__main__ import stage_main
 from trainer.artifact import hash_tree, staging, write_artifact
 from trainer.config import Recipe
@@ -30,7 +31,7 @@ from trainer.recipe_file import recipe_hash, require_section
 _BESIDE = ("*.json", "*.txt", "*.model", "*.jinja")
 _NOT_BESIDE = ("artifact.json", "*.safetensors.index.json", "*.bin.index.json", "trainer_state.json", "README*")
 
-MakeForm = Callable[[Precision], tuple[OnnxRunner, list[dict[str, Any]]]]
+MakeForm = Callable[[Precision], list[dict[str, Any]]]
 
 
 def run(recipe: Recipe) -> None:
@@ -77,7 +78,8 @@ def export_model(recipe: Recipe, settings: Export, name: str, folder: Path, docu
     """
     spec = read_spec(folder)
     source = hash_tree(folder)
-    gates = [Gates(folder, part, settings, documents, recipe.seed) for part in spec.parts]
+    find = text_finder(recipe, folder, documents)
+    gates = [Gates(folder, part, settings, documents, find, recipe.seed) for part in spec.parts]
     target = recipe.stage_dir("export") / name
     with staging(target) as partial:
         evidence = [proof for each in gates for proof in _write_forms(settings, name, folder, each, partial)]
@@ -109,28 +111,33 @@ def _write_forms(settings: Export, name: str, folder: Path, gates: Gates, partia
     raw = partial / spec.file("fp32")
     export_graph(load_model(folder, spec), spec, raw, settings.opset)
 
-    def make(variant: Precision) -> tuple[OnnxRunner, list[dict[str, Any]]]:
-        """A form in its file, opened, and the evidence that it passed the gates."""
+    def make(variant: Precision) -> list[dict[str, Any]]:
+        """A form in its file; the evidence that it passed the gates."""
         file = partial / spec.file(variant)
-        made = make_variant(variant, raw, file, gates.calibration, settings.calibration)
+        made = make_variant(variant, raw, file, lambda: gates.calibration, settings.calibration)
         runner = open_onnx(file, usable_threads(), settings.provider)
-        return runner, [proof | made for proof in gates.check(f"{name} {variant} ({file.name})", variant, file, runner)]
+        return [proof | made for proof in gates.check(f"{name} {variant} ({file.name})", variant, file, runner)]
 
     if settings.variants == "auto":
         evidence = _choose_forms(name, spec, settings, gates.documents, partial, make)
     else:
         evidence = []
-        for variant in settings.variants:
-            passed = make(variant)[1]
-            evidence += passed
-            file = partial / spec.file(variant)
-            _tell(f"{name} {variant}", file, passed)
+        for variant in dict.fromkeys(("fp32", *settings.variants)):  # of fp32 all are made, under looser gates
+            passed = make(variant)
+            _tell(f"{name} {variant}", partial / spec.file(variant), passed)
+            evidence += passed if variant in settings.variants else [_of_parent(proof) for proof in passed]
     kept = {proof["file"] for proof in evidence if "file" in proof}
     for file in (partial / spec.file(variant) for variant in get_args(Precision)):
         if file.name not in kept:
             file.unlink(missing_ok=True)
             data_file(file).unlink(missing_ok=True)
     return evidence
+
+
+def _of_parent(proof: Mapping[str, Any]) -> dict[str, Any]:
+    """Evidence of the fp32 graph where it is not shipped: what was found, on which bytes, but no file to look for."""
+    named = {key: value for key, value in proof.items() if key not in ("what", "file", "sha256", "data_sha256")}
+    return {"what": f"parent_{proof['what']}", "parent_sha256": proof["sha256"], **named}
 
 
 def _choose_forms(
@@ -142,10 +149,12 @@ def _choose_forms(
 
     def attempt(variant: Precision) -> Form:
         check_variant(name, spec, variant, settings.provider)
-        runner, proofs[variant] = make(variant)
-        return measure_form(variant, proofs[variant], runner, inputs, size_mib(folder / spec.file(variant)))
+        file = folder / spec.file(variant)
+        proofs[variant] = make(variant)
+        again = lambda: open_onnx(file, usable_threads(), settings.provider)  # noqa: E731
+        return measure_form(variant, proofs[variant], again, inputs, size_mib(file))
 
-    choice = choose(get_args(Precision), attempt)
+    choice = choose(TRIED, attempt)
     for variant, what in choice.became.items():
         Console(highlight=False).print(f"{name} {variant}: {what}", soft_wrap=True, markup=False)
     return [proof for variant in choice.kept for proof in proofs[variant]] + [choice.evidence(timed)]

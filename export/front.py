@@ -1,5 +1,6 @@
 """`export.variants: auto`: which forms are worth having, of those that passed the gates: the front of quality, latency
-and size. Making forms and holding them against their source is `export`'s; timing calls is `windows`'.
+and size, as far as they can be told apart. Making forms and holding them against their source is `export`'s; timing
+calls is `windows`'.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -10,6 +11,7 @@ import numpy as np
 
 from export.cases import Documents, full_rows
 from export.io_spec import IoSpec
+from export.noise import difference
 from export.runners import Runner, usable_threads
 from export.windows import Settings, SystemClock, measure
 from trainer.environment import launch_command
@@ -26,6 +28,8 @@ _LENGTH = 128  # of the text: the longest of the benchmark's default shapes
 class Form:
     """A form that passed. `quality`: share kept of the source's or, without a gate on it, 1 - relative_rms.
 
+    `quality_range` is its 95 % bootstrap interval; of 1 - relative_rms, which the same inputs always give, there is
+    none. `latency_noise`: by how much two measurements differ, each of the form opened anew, relative to the shorter.
     `latency_ms` is None where others had the CPU, so that none of its windows counts.
     """
 
@@ -33,10 +37,14 @@ class Form:
     quality: float
     latency_ms: float | None
     size_mib: float
+    quality_range: tuple[float, float] | None = None
+    latency_noise: float = 0.0
 
     def __str__(self) -> str:
-        latency = "latency unknown" if self.latency_ms is None else f"{self.latency_ms:.3g} ms"
-        return f"quality {self.quality:.2%}, {latency}, {self.size_mib:.1f} MiB"
+        range = "" if self.quality_range is None else " ({:.2%} to {:.2%})".format(*self.quality_range)
+        noise = f" (±{self.latency_noise:.0%})" if self.latency_noise else ""
+        latency = "latency unknown" if self.latency_ms is None else f"{self.latency_ms:.3g} ms{noise}"
+        return f"quality {self.quality:.2%}{range}, {latency}, {self.size_mib:.1f} MiB"
 
 
 @dataclass(frozen=True)
@@ -73,29 +81,57 @@ def choose(variants: Sequence[Precision], attempt: Callable[[Precision], Form]) 
                 raise
             found = str(problem).split("\nDo:")[0].replace("\n", "; ")
             became[variant] = f"refused: {found}"
+    # Left out only for what is kept: a first that beats a second need not beat a third that the second beats.
+    unbeaten = [form for form in passed if not any(beats(one, form) for one in passed)]
     for form in passed:
-        better = next((one for one in passed if beats(one, form)), None)
+        better = next((one for one in unbeaten if beats(one, form)), None)
         became[form.variant] = f"left out: {form}; {better.variant}: {better}" if better else f"{_KEPT}: {form}"
     return Choice(passed, became)
 
 
 def beats(one: Form, other: Form) -> bool:
-    """Whether `one` is better in something and worse in nothing. Of an unknown latency nobody is better."""
+    """Whether `one` is better in something and worse in nothing, where less than the noise is neither.
+
+    Of an unknown latency nobody is better.
+    """
     if one.latency_ms is None or other.latency_ms is None:
         return False
-    gains = (one.quality - other.quality, other.latency_ms - one.latency_ms, other.size_mib - one.size_mib)
-    return min(gains) >= 0 and max(gains) > 0
+    gains, losses = _better_in(one, other), _better_in(other, one)
+    return any(gains) and not any(losses)
+
+
+def _better_in(one: Form, other: Form) -> tuple[bool, bool, bool]:
+    """Where `one` is better beyond noise: in quality if the intervals do not meet, in latency if it is quicker by more
+    than either differs from itself, in size if it is smaller."""
+    assert one.latency_ms is not None and other.latency_ms is not None
+    least = (one.quality_range or (one.quality,))[0]
+    most = (other.quality_range or (other.quality,))[-1]
+    apart = difference(one.latency_ms, other.latency_ms) > max(one.latency_noise, other.latency_noise)
+    return least > most, apart and one.latency_ms < other.latency_ms, one.size_mib < other.size_mib
 
 
 def measure_form(
-    variant: Precision, proofs: Iterable[Mapping[str, Any]], runner: Runner, inputs: dict[str, np.ndarray], size: float
+    variant: Precision,
+    proofs: Iterable[Mapping[str, Any]],
+    open_form: Callable[[], Runner],
+    inputs: dict[str, np.ndarray],
+    size: float,
 ) -> Form:
-    """A form with the quality that its gates found, and the time of one call on `inputs`."""
+    """A form with the quality that its gates found, and the time of one call on `inputs`, measured twice."""
     found = {proof["what"]: proof["metrics"] for proof in proofs}
     parity, quality = found[f"parity_{variant}"], found.get(f"quality_{variant}")
+    first_ms, again_ms = _latency_ms(open_form(), inputs), _latency_ms(open_form(), inputs)
+    latency_ms, noise = None, 0.0
+    if first_ms is not None and again_ms is not None:
+        latency_ms, noise = (first_ms + again_ms) / 2, difference(first_ms, again_ms)
+    if quality is None:
+        return Form(variant, 1 - parity["relative_rms"], latency_ms, size, None, noise)
+    return Form(variant, quality["kept"], latency_ms, size, (quality["kept_low"], quality["kept_high"]), noise)
+
+
+def _latency_ms(runner: Runner, inputs: dict[str, np.ndarray]) -> float | None:
     timed = measure(lambda: runner.run(inputs), _WINDOWS, SystemClock())
-    latency_ms = float(np.median(timed.calls_s)) * 1e3 if timed.stable else None
-    return Form(variant, quality["kept"] if quality else 1 - parity["relative_rms"], latency_ms, size)
+    return float(np.median(timed.calls_s)) * 1e3 if timed.stable else None
 
 
 def timed_inputs(documents: Documents, spec: IoSpec) -> tuple[str, dict[str, np.ndarray]]:

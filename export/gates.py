@@ -3,22 +3,24 @@ The comparisons are `parity`'s and `task_gate`'s; what happens to a form that fa
 """
 
 from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from export import labelled
 from export.bench_inputs import METRICS, quality_batches
 from export.cache import cache_cases
+from export.calibration import FindText, calibration_batches, needed_tokens
 from export.cases import Documents, full_rows, make_cases
 from export.cross_cases import decoder_cases
 from export.files import hashes
+from export.fp8 import check_rounded
 from export.io_spec import IoSpec
 from export.parity import check_parity
 from export.precision import check_overflow
 from export.runners import OnnxRunner, Runner, open_torch, open_torch_pair, usable_threads
 from export.scores import Scores, score
 from export.task_gate import check_quality
-from export.variants import calibration_batches
 from trainer.environment import launch_command
 from trainer.export_config import Export, Precision
 
@@ -26,32 +28,42 @@ _UNPADDED = (2, 16)  # batch and length
 
 
 class Gates:
-    """The gates of one graph of a model folder."""
+    """The gates of one graph of a model folder. What `find` finds must be in none of the `documents`."""
 
-    def __init__(self, folder: Path, spec: IoSpec, settings: Export, documents: Documents, seed: int) -> None:
-        self.spec, self.settings, self.documents = spec, settings, documents
+    def __init__(
+        self, folder: Path, spec: IoSpec, settings: Export, documents: Documents, find: FindText, seed: int
+    ) -> None:
+        self.folder, self.spec, self.settings, self.documents = folder, spec, settings, documents
+        self.find, self.seed = find, seed
         source = self._open(folder, documents, seed)
         self.expected = [source.run(case.inputs) for case in self.cases]
         self.score = self._scorer(folder, documents, seed)
         self.quality = self.score(source) if self.score else None
 
     def _open(self, folder: Path, documents: Documents, seed: int) -> Runner:
-        """The source of this graph; finds the cases and the batches whose ranges `make_variant` wants, on the way."""
+        """The source of this graph; makes the cases on the way."""
         spec, longest = self.spec, self.settings.parity.max_length
         if spec.encoder is not None:
             pair = open_torch_pair(folder, usable_threads())
             self.cases = decoder_cases(documents, spec, pair, longest, seed)
-            others = decoder_cases(documents[::-1], spec, pair, longest, seed + 1)
-            self.calibration = [case.inputs for case in others]
             return pair.decoder
         source = (
             open_torch_pair(folder, usable_threads()).encoder if spec.cross else open_torch(folder, usable_threads())
         )
-        self.calibration = calibration_batches(documents, spec, self.settings.calibration)
         self.cases = make_cases(documents, spec, self.settings.parity.shapes, longest, seed)
         if spec.cache is not None:
             self.cases += cache_cases(documents, spec, source, longest, seed)
         return source
+
+    @cached_property
+    def calibration(self) -> list[dict[str, Any]]:
+        """The batches whose ranges `make_variant` wants; UserError where there is too little text for them."""
+        spec, settings = self.spec, self.settings
+        if spec.encoder is None:
+            return calibration_batches(self.find, spec, settings.calibration)
+        text = self.find(needed_tokens(spec, settings.calibration))
+        pair = open_torch_pair(self.folder, usable_threads())
+        return [case.inputs for case in decoder_cases(text, spec, pair, settings.parity.max_length, self.seed + 1)]
 
     def _scorer(self, folder: Path, documents: Documents, seed: int) -> Callable[[Runner], Scores] | None:
         """What measures the quality that must be kept; None for a head that has none without labelled text."""
@@ -78,6 +90,8 @@ class Gates:
         tolerance = getattr(self.settings.parity, variant)
         if variant == "fp16":
             check_overflow(what, file, self.cases, usable_threads())
+        if variant == "fp8":
+            check_rounded(what, file)
         found = {"parity": check_parity(what, self.spec, candidate, self.cases, self.expected, tolerance)}
         if self.score and self.quality:
             assert self.settings.quality is not None

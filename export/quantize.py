@@ -1,4 +1,4 @@
-"""int8 forms of a raw graph, with activations quantized as they come or by calibrated ranges, and int4 weights.
+"""The int8 form of a raw graph whose activations are quantized by calibrated ranges, and int4 weights.
 The output head is made quantizable first. Whether a result is good enough is the parity gate's decision.
 """
 
@@ -19,7 +19,6 @@ from onnxruntime.quantization import (
     QuantFormat,
     QuantType,
     create_calibrator,
-    quantize_dynamic,
     quantize_static,
 )
 from onnxruntime.quantization.quantize import save_tensors_data
@@ -41,32 +40,6 @@ _BINS = {"minmax": {}, "entropy": {"num_bins": 512}, "percentile": {"num_bins": 
 _INT4_BLOCK = 32
 
 
-def quantize(raw: Path, quantized: Path) -> None:
-    """Write an int8 form of graph `raw`: weights of MatMul by output channel, embedding tables whole.
-
-    Fusing attention first (`onnxscript.rewriter.ort_fusions`) was measured and gains nothing: ONNX Runtime fuses the
-    rest itself when it loads. Medians in interleaved windows, 2 threads: BERT-base 1 x 128 50.8 ms as here against
-    51.8 fused, 4 layers of GPT-2 8 x 128 27.1 against 31.6. The result keeps to standard operators.
-    """
-    with _only_errors(), tempfile.TemporaryDirectory() as scratch:
-        # From a file: of a model in memory the quantizer makes two more copies before it begins.
-        prepared, written = (Path(scratch, name) for name in ("raw.onnx", "quantized.onnx"))
-        save_graph(_prepared(raw), prepared)
-        quantize_dynamic(
-            prepared,
-            written,
-            use_external_data_format=data_file(raw).is_file(),
-            weight_type=QuantType.QInt8,
-            per_channel=True,
-            # 7-bit weights: x86 CPUs without VNNI add pairs of products in 16 bits, which 8-bit weights overflow
-            # (ONNX Runtime's documentation, "Quantize ONNX models"). A model travels to CPUs that nobody tested, and
-            # the price is small: relative_rms 0.0026 to 0.0027 on a trained tiny BERT, 0.0050 to 0.0060 on GPT-2.
-            reduce_range=True,
-            extra_options=dict(_EXTRA_OPTIONS),
-        )
-        save_graph(onnx.load(written), quantized)
-
-
 def quantize_by_ranges(
     raw: Path, quantized: Path, batches: Sequence[Mapping[str, np.ndarray]], settings: Calibration
 ) -> None:
@@ -77,7 +50,7 @@ def quantize_by_ranges(
     """
     with _only_errors(), tempfile.TemporaryDirectory() as scratch:
         prepared, ranges, written = (Path(scratch, name) for name in ("raw.onnx", "ranges.json", "quantized.onnx"))
-        save_graph(_prepared(raw), prepared)
+        save_graph(quantizable(raw), prepared)
         calibrator = create_calibrator(
             prepared,
             ["MatMul"],
@@ -95,7 +68,7 @@ def quantize_by_ranges(
             use_external_data_format=data_file(raw).is_file(),
             quant_format=QuantFormat.QDQ,
             per_channel=True,
-            reduce_range=True,  # as above
+            reduce_range=True,  # as in `dynamic`
             activation_type=QuantType.QInt8 if settings.symmetric else QuantType.QUInt8,
             weight_type=QuantType.QInt8,
             op_types_to_quantize=["MatMul"],
@@ -116,7 +89,7 @@ def quantize_weights(raw: Path, quantized: Path) -> None:
     It pays where weights must be read for few tokens, in decoding: GPT-2 124M, 2 threads, 182 tokens/s against 137 with
     int8 and 54 in fp32. At 128 tokens it is slower than int8 (BERT-base: 108 ms against 45).
     """
-    graph = _prepared(raw)
+    graph = quantizable(raw)
     with _only_errors():
         # Imported here, as importing it configures the root logger.
         from onnxruntime.quantization.matmul_nbits_quantizer import DefaultWeightOnlyQuantConfig, MatMulNBitsQuantizer
@@ -137,7 +110,7 @@ class _One(CalibrationDataReader):
         return batch
 
 
-def _prepared(raw: Path) -> onnx.ModelProto:
+def quantizable(raw: Path) -> onnx.ModelProto:
     """The raw graph as quantizers take it: heads untied, and without shapes that contradict their own inference."""
     graph = onnx.load(raw)
     untie(graph)

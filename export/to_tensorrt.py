@@ -33,6 +33,7 @@ from trainer.serving_config import Profile, TensorRT
 # What TensorRT-RTX 1.7 builds for ahead of time that lmworks' users run: A100, L40S and RTX 40, RTX 50.
 _AHEAD_OF_TIME = ("8.0", "8.9", "12.0")
 _PRODUCTS = ("MatMul", "Gemm", "Conv", "Attention")
+_FP8_SINCE = (8, 9)  # Ada; Hopper is 9.0 (NVIDIA, "FP8 formats for deep learning")
 _KEPT_MESSAGES = 5
 
 
@@ -180,7 +181,7 @@ def build_engines(recipe: Recipe, settings: TensorRT, builder: Builder, subject:
     evidence = []
     with staging(target) as partial:
         for one in chosen:
-            for compute_capability in choose_capabilities(settings, builder):
+            for compute_capability in capabilities_for(one.variant, settings, builder):
                 plan, description = builder.build(one.file, subject.spec, settings, compute_capability, timing)
                 path = partial / plan_name(one.variant, compute_capability)
                 path.write_bytes(plan)
@@ -255,6 +256,21 @@ def choose_capabilities(settings: TensorRT, builder: Builder) -> tuple[str, ...]
             "leave it out, or take tensorrt_rtx",
         )
     return (own,)
+
+
+def capabilities_for(variant: str, settings: TensorRT, builder: Builder) -> tuple[str, ...]:
+    """The same for one variant. Of a list that is not the recipe's, those that cannot multiply in it are left out."""
+    chosen = choose_capabilities(settings, builder)
+    lacking = [one for one in chosen if variant == "fp8" and tuple(map(int, one.split("."))) < _FP8_SINCE]
+    if lacking and (settings.compute_capabilities or len(lacking) == len(chosen)):
+        raise UserError(
+            f"an engine in fp8 for compute capability {', '.join(lacking)}",
+            f"{'.'.join(map(str, _FP8_SINCE))} or more: older GPUs multiply no fp8",
+            "leave it out of tensorrt.compute_capabilities, or fp8 out of tensorrt.variants",
+        )
+    if lacking:
+        Console(highlight=False).print(f"fp8: no engine for {', '.join(lacking)}: older GPUs multiply no fp8")
+    return tuple(one for one in chosen if one not in lacking)
 
 
 def products(path: Path) -> list[str]:

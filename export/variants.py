@@ -3,21 +3,25 @@ Making itself is `precision`'s and `quantize`'s; whether a form ships is the gat
 """
 
 import tempfile
-from itertools import islice
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import onnx
 from onnx import TensorProto, helper
 
-from export.cases import Documents, tokens
+from export.dynamic import quantize
+from export.fp8 import FEWEST_OPSET, round_products
 from export.io_spec import IoSpec
 from export.precision import lower, measure_ranges, overflowing
-from export.quantize import quantize, quantize_by_ranges, quantize_weights
+from export.quantize import quantize_by_ranges, quantize_weights
 from export.runners import open_onnx, usable_threads
 from trainer.errors import UserError
 from trainer.export_config import Calibration, Export, Precision
+
+# What `export.variants: auto` tries: ONNX Runtime rounds to fp8 and multiplies in fp32, so that it gains nothing there.
+TRIED: tuple[Precision, ...] = tuple(one for one in get_args(Precision) if one != "fp8")
 
 
 def check_variants(name: str, spec: IoSpec, settings: Export) -> None:
@@ -29,6 +33,9 @@ def check_variants(name: str, spec: IoSpec, settings: Export) -> None:
             "set export.variants: [fp32, int8]",
         )
     for variant in () if settings.variants == "auto" else settings.variants:
+        if variant == "fp8" and settings.opset < FEWEST_OPSET:
+            needed = f"{FEWEST_OPSET} or more: QuantizeLinear has no float8 before"
+            raise UserError(f"export.variants names fp8, and export.opset is {settings.opset}", needed, "raise it")
         check_variant(name, spec, variant, settings.provider)
 
 
@@ -54,38 +61,31 @@ def check_bf16(provider: str) -> None:
         open_onnx(path, 1, provider)
 
 
-def calibration_batches(documents: Documents, spec: IoSpec, settings: Calibration) -> list[dict[str, np.ndarray]]:
-    """Batches of real text from the documents' end, the last row of each half padding: gates take the start.
-
-    Their lengths are halved from one to the next down to 1, and begin anew: short inputs have other ranges. A tiny BERT
-    that was calibrated on 64 tokens only was off by 57 % on a single token.
-    """
-    longest = min(settings.sequence_length, spec.max_length)
-    halvings = [longest >> step for step in range(longest.bit_length())]
-    lengths = [halvings[index % len(halvings)] for index in range(settings.batches)]
-    text = tokens(documents[::-1], spec, settings.batch_size * sum(lengths))
-    batches = []
-    for length in lengths:
-        rows = [np.fromiter(islice(text, length), dtype=np.int64) for _ in range(settings.batch_size)]
-        batches.append(spec.pad([*rows[:-1], rows[-1][: max(1, length // 2)]], length))
-    return batches
-
-
 def make_variant(
-    variant: Precision, raw: Path, file: Path, batches: list[dict[str, np.ndarray]], settings: Calibration
+    variant: Precision,
+    raw: Path,
+    file: Path,
+    batches: Callable[[], list[dict[str, np.ndarray]]],
+    settings: Calibration,
 ) -> dict[str, Any]:
-    """Write one form of graph `raw` to `file` ("fp32" is the raw graph itself); returns what is worth recording."""
+    """Write one form of graph `raw` to `file` ("fp32" is the raw graph itself); returns what is worth recording.
+
+    `batches` gives calibration's, where the form needs them.
+    """
     if variant == "int8":
         quantize(raw, file)
     elif variant == "int8_static":
-        quantize_by_ranges(raw, file, batches, settings)
+        quantize_by_ranges(raw, file, batches(), settings)
         return {"calibration": settings.model_dump()}
     elif variant == "int4":
         quantize_weights(raw, file)
     elif variant == "fp16":
-        kept = overflowing(raw, measure_ranges(raw, batches, usable_threads()))
+        kept = overflowing(raw, measure_ranges(raw, batches(), usable_threads()))
         lower(raw, file, "fp16", kept)
         return {"kept_in_fp32": sorted(kept)}
     elif variant == "bf16":
         lower(raw, file, "bf16", set())  # its range is fp32's
+    elif variant == "fp8":
+        round_products(raw, file, batches(), usable_threads())
+        return {"calibration": settings.model_dump()}
     return {}

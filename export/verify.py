@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any, get_args
 
 from export.bisect import first_departure, first_module
+from export.calibration import text_finder
 from export.cases import load_documents
 from export.gates import Gates
 from export.io_spec import IoSpec, read_spec
 from export.runners import open_onnx, usable_threads
 from export.to_onnx import export_graph, load_model
-from export.variants import check_variant, check_variants, make_variant
+from export.variants import TRIED, check_variant, check_variants, make_variant
 from trainer.artifact import ARTIFACT_FILE, read_artifact, write_json
 from trainer.config import Recipe
 from trainer.environment import launch_command
@@ -50,9 +51,9 @@ def verify_model(recipe: Recipe, settings: Export, name: str, folder: Path, bise
     spec = read_spec(folder)
     check_variants(name, spec, settings)
     documents = load_documents(recipe, folder)
-    exported = recipe.stage_dir("export") / name
+    exported, find = recipe.stage_dir("export") / name, text_finder(recipe, folder, documents)
     for part in spec.parts:
-        gates = Gates(folder, part, settings, documents, recipe.seed)
+        gates = Gates(folder, part, settings, documents, find, recipe.seed)
         yield from _verify_graph(settings, name, folder, gates, exported, bisect)
 
 
@@ -71,7 +72,7 @@ def _verify_graph(
             is_there = file.is_file()
             if not is_there:
                 file = Path(scratch) / file.name
-                make_variant(variant, raw, file, gates.calibration, settings.calibration)
+                make_variant(variant, raw, file, lambda: gates.calibration, settings.calibration)
             row = {"model": name, "variant": variant, "file": file.name, "exported": is_there}
             row |= _held(gates, settings, name, variant, file)
             if bisect and not row["passed"]:
@@ -87,7 +88,7 @@ def _wanted(settings: Export, name: str, spec: IoSpec, exported: Path) -> tuple[
         found = {proof["what"] for proof in read_artifact(exported, "onnx")["evidence"]}
         return tuple(variant for variant in get_args(Precision) if f"parity_{variant}" in found)
     possible = []
-    for variant in get_args(Precision):
+    for variant in TRIED:
         with contextlib.suppress(UserError):
             check_variant(name, spec, variant, settings.provider)
             possible.append(variant)

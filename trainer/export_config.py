@@ -58,6 +58,11 @@ class Int4Tolerance(Tolerance):
     min_top1: MinTop1 = 0.85
 
 
+class Fp8Tolerance(Tolerance):
+    relative_rms: RelativeRms = 0.15
+    min_top1: MinTop1 = 0.90
+
+
 class Parity(Section):
     """Shapes and thresholds of the gate. Lengths 1 and the model's maximum are always tried."""
 
@@ -67,6 +72,7 @@ class Parity(Section):
     int8: Int8Tolerance = Int8Tolerance()
     int8_static: Int8Tolerance = Int8Tolerance()
     int4: Int4Tolerance = Int4Tolerance()
+    fp8: Fp8Tolerance = Fp8Tolerance()
     shapes: tuple[tuple[PositiveInt, PositiveInt], ...] = ((1, 7), (3, 33), (4, 64), (8, 16))
     """(batch, sequence) pairs beside the edge cases."""
     max_length: PositiveInt = 1024
@@ -89,7 +95,8 @@ class Quality(Section):
 
 
 class Calibration(Section):
-    """Real text on which ranges of values are measured, for `fp16` and `int8_static`; another part than the gate's."""
+    """Real text on which ranges of values are measured, for `fp16`, `int8_static` and `fp8`: training text, or what no
+    gate takes."""
 
     method: Literal["minmax", "entropy", "percentile"] = "minmax"
     """How `int8_static` chooses its ranges: all that was seen, least Kullback-Leibler divergence, or `percentile`."""
@@ -103,7 +110,7 @@ class Calibration(Section):
     """The longest; others are halves of it, down to 1."""
 
 
-Precision = Literal["fp32", "fp16", "bf16", "int8", "int8_static", "int4"]
+Precision = Literal["fp32", "fp16", "bf16", "int8", "int8_static", "int4", "fp8"]
 Backend = Literal[
     "eager", "compile", "onnx_fp32", "onnx_fp16", "onnx_bf16", "onnx_int8", "onnx_int8_static", "onnx_int4",
     "tensorrt_fp32", "tensorrt_fp16", "tensorrt_bf16", "tensorrt_int8_static",
@@ -123,6 +130,7 @@ ONNX_FILES: dict[str, str] = {
     "onnx_int8": "model_quantized.onnx",
     "onnx_int8_static": "model_int8_static.onnx",
     "onnx_int4": "model_q4.onnx",
+    "onnx_fp8": "model_fp8.onnx",
 }
 Lengths = Literal["full", "real"]
 # A folder of this name is replaced as a whole, so it must be one below `export` and no hidden or half-written one.
@@ -143,9 +151,11 @@ class Export(Section):
     """Name to model folder; each is exported to `<run_dir>/export/<name>`. By default `teacher` (pretrain's) and
     `student` (distill's), as far as they exist."""
     variants: Variants = ("fp32", "int8")
-    """`int8` quantizes activations as they come, `int8_static` by ranges from `calibration`; `int4` is weights only,
-    for models that generate text. `bf16` needs a provider that runs it. auto tries all that this machine can run and
-    keeps those that pass the gates and are not beaten by another in quality, latency and size at once."""
+    """What is shipped; `fp32` is held first in any case. `int8` quantizes activations as they come, `int8_static` by
+    ranges from `calibration`; `int4` is weights only, for models that generate text. `bf16` needs a provider that runs
+    it. `fp8` is for TensorRT: ONNX Runtime rounds to it and multiplies in fp32. auto tries all the others that this
+    machine can run and keeps those that pass the gates and are not beaten by another in quality, latency and size at
+    once, beyond their noise."""
     provider: Literal["CPUExecutionProvider", "CUDAExecutionProvider"] = "CPUExecutionProvider"
     """ONNX Runtime's, on which the gates run."""
     calibration: Calibration = Calibration()

@@ -62,7 +62,8 @@ class Pack(Section):
     models: tuple[ModelName, ...] = ()
     """Names of exported models; by default all."""
     variant: Precision | Literal["auto"] = "auto"
-    """What Triton serves: a variant of `export.variants`; auto takes the smallest verified file and says so."""
+    """What Triton serves: a variant of `export.variants`; auto takes the smallest verified file, never fp8's, and
+    says so."""
     backend: Literal["onnxruntime", "tensorrt"] = "onnxruntime"
     """Triton's backend for the network. tensorrt needs engines of the `tensorrt` section."""
     device: Literal["cpu", "gpu"] = "cpu"
@@ -84,4 +85,6 @@ class Pack(Section):
     def _tensorrt_is_on_a_gpu(self) -> "Pack":
         if self.backend == "tensorrt" and self.device != "gpu":
             raise ValueError("backend tensorrt runs on a GPU: set device: gpu")
+        if self.variant == "fp8" and self.backend != "tensorrt":
+            raise ValueError("variant fp8 is for engines alone: set backend: tensorrt")
         return self

@@ -17,6 +17,7 @@ from export import export as stage
 from export.cases import load_documents
 from export.io_spec import read_spec
 from export.runners import open_runner
+from export.to_onnx import load_model
 from tests.export.conftest import CONFIGS, MAX_LENGTH
 from trainer import prepare
 from trainer.artifact import content_hash, hash_file, read_artifact
@@ -77,8 +78,34 @@ def test_int8_alone_has_no_raw_graph_and_a_quantized_head(model_folder, document
     assert [file.name for file in target.glob("*.onnx*")] == ["model_quantized.onnx"]
     graph = onnx.load(target / "model_quantized.onnx").graph
     constants = {initializer.name for initializer in graph.initializer}
+    parent, child = read_artifact(target, "onnx")["evidence"]
+    assert (parent["what"], child["what"]) == ("parent_parity_fp32", "parity_int8") and "file" not in parent
+    assert len(parent["parent_sha256"]) == 64 and parent["metrics"]["relative_rms"] < 1e-5
     assert not [n.name for n in graph.node if n.op_type in ("MatMul", "Gemm") and constants & set(n.input)]
     assert not [n.name for n in graph.node if n.op_type == "Transpose" and n.input[0] in constants]
+
+
+def move_one_weight(monkeypatch):
+    """Plant a fault in the export: what is traced has one weight that is 1 % larger than the folder's."""
+
+    def load(folder, spec):
+        model = load_model(folder, spec)
+        with torch.no_grad():
+            weight = model.get_parameter("bert.encoder.layer.0.output.dense.weight")
+            weight.view(-1)[weight.abs().argmax()] *= 1.01
+        return model
+
+    monkeypatch.setattr(stage, "load_model", load)
+
+
+@pytest.mark.parametrize("variants", [("int8",), ("int8", "fp32"), ("int8_static", "fp16")])
+def test_an_export_fault_is_no_int8s_to_hide(variants, model_folder, documents, tmp_path, monkeypatch):
+    """int8's own gate, some thousand times looser, would let it pass: fp32 is held first, shipped or not."""
+    settings = SETTINGS.model_copy(update={"variants": variants})
+    move_one_weight(monkeypatch)
+    with pytest.raises(GateFailed, match=r"m fp32 \(model.onnx\): case .*relative_rms"):
+        stage.export_model(Recipe(run_dir=tmp_path), settings, "m", model_folder("bert"), documents)
+    assert list((tmp_path / "export").iterdir()) == []
 
 
 def test_a_missed_gate_leaves_nothing_new_behind(model_folder, documents, tmp_path):

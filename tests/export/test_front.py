@@ -1,6 +1,7 @@
 """`export.variants: auto`: what is on the front, and that the stage keeps that, says why, and is not run again."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -46,6 +47,58 @@ def test_a_form_beats_another_only_if_it_is_worse_in_nothing(worse):
     one = FORMS["int8"]
     other = Form(**(vars(one) | worse))
     assert beats(one, other) and not beats(other, one) and not beats(one, one)
+
+
+# By point values each of these beats int8, or is beaten by it; none can be told from it.
+NEAR = {
+    "a little better": {"quality": 0.9951},
+    "a little worse": {"quality": 0.9949},
+    "a little quicker": {"latency_ms": 2.9},
+    "a little slower": {"latency_ms": 3.1},
+    "both": {"quality": 0.9951, "latency_ms": 2.9},
+}
+
+
+@pytest.mark.parametrize("change", NEAR.values(), ids=NEAR)
+def test_near_ties_are_kept(change):
+    """Intervals that meet, and latencies that differ by less than one form from itself, order nothing."""
+    noisy = {"quality_range": (0.993, 0.997), "latency_noise": 0.05}
+    one = replace(FORMS["int8"], **noisy)
+    other = replace(one, variant="int8_static", **change)
+    assert choose(("int8", "int8_static"), {"int8": one, "int8_static": other}.get).kept == ("int8", "int8_static")
+    exact = {"quality_range": None, "latency_noise": 0.0}
+    assert (
+        len(
+            choose(
+                ("int8", "int8_static"), {"int8": replace(one, **exact), "int8_static": replace(other, **exact)}.get
+            ).kept
+        )
+        == 1
+    )
+
+
+def test_beyond_noise_a_form_is_beaten():
+    """Each is better by more than the noise in one thing, and no worse beyond the noise in the others."""
+    noisy = {"quality_range": (0.993, 0.997), "latency_noise": 0.05}
+    one = replace(FORMS["int8"], **noisy)
+    slower = replace(one, latency_ms=3.3, quality=0.9951)
+    worse = replace(one, quality=0.99, quality_range=(0.988, 0.992), latency_ms=2.9)
+    larger = replace(one, size_mib=110.0, quality=0.9951, latency_ms=2.9)
+    for other in (slower, worse, larger):
+        assert beats(one, other) and not beats(other, one)
+    assert not beats(one, replace(slower, latency_noise=0.2))  # by its own noise it may be as quick
+
+
+def test_what_beats_a_form_is_itself_kept():
+    """The second is quicker than the third, and the first than the second; but the third is better than the first."""
+    chain = [
+        Form("int8", 0.992, 3.0, 100.0, (0.990, 0.9945), 0.05),
+        Form("int8_static", 0.9945, 3.3, 100.0, (0.993, 0.996), 0.05),
+        Form("fp16", 0.996, 3.6, 100.0, (0.995, 0.997), 0.05),
+    ]
+    assert beats(chain[0], chain[1]) and beats(chain[1], chain[2]) and not beats(chain[0], chain[2])
+    forms = {form.variant: form for form in chain}
+    assert choose(tuple(forms), forms.get).kept == ("int8", "fp16")
 
 
 def test_where_fp32_fails_no_other_form_ships():

@@ -137,7 +137,7 @@ def test_a_form_that_lost_accuracy_fails(graded, documents, tmp_path):
         model.classifier.weight.copy_(model.classifier.weight.roll(1, dims=0))
         model.classifier.bias.copy_(model.classifier.bias.roll(1))
     model.save_pretrained(spoilt)
-    gates = Gates(folder, read_spec(folder), Export.model_validate(section), documents, 0)
+    gates = Gates(folder, read_spec(folder), Export.model_validate(section), documents, lambda needed: documents, 0)
     assert gates.quality.value == 1.0
     assert check_quality("m", gates.quality, gates.score(open_torch(folder, 1)), 0.99)["metrics"]["kept"] == 1.0
     with pytest.raises(GateFailed, match=r"accuracy 0.* against 1, .*% \(.*\) of its source's quality is kept"):

@@ -10,9 +10,9 @@ from onnx import numpy_helper
 
 from export.cache import cache_cases, run_in_steps
 from export.cases import make_cases
+from export.dynamic import quantize
 from export.io_spec import read_spec
 from export.parity import check_parity
-from export.quantize import quantize
 from export.runners import open_onnx, open_torch
 from trainer.errors import GateFailed
 from trainer.export_config import Parity

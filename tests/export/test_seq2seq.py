@@ -48,7 +48,10 @@ def gates(model_folder, documents):
     """The gates of the encoder and of the decoder, by name."""
     folders = {name: model_folder(name, SEEDS[name]) for name in NAMES}
     return {
-        name: [Gates(folder, part, SETTINGS, documents, seed=0) for part in read_spec(folder).parts]
+        name: [
+            Gates(folder, part, SETTINGS, documents, lambda needed: documents, seed=0)
+            for part in read_spec(folder).parts
+        ]
         for name, folder in folders.items()
     }
 

@@ -82,7 +82,7 @@ def test_a_form_of_near_tensors_and_lost_quality_is_caught(model_folder, raw_gra
         {"parity": {"fp32": anything}, "quality": {"sequences": 40, "sequence_length": 8, "share": 0.98}}
     )
     folder = model_folder("gpt2", 1)
-    gates = Gates(folder, read_spec(folder), settings, documents, seed=0)
+    gates = Gates(folder, read_spec(folder), settings, documents, lambda needed: documents, seed=0)
     own, other = raw_graph("gpt2", 1), raw_graph("gpt2")
     evidence = gates.check("m", "fp32", own, open_onnx(own, 1))
     assert [proof["what"] for proof in evidence] == ["parity_fp32", "quality_fp32"]

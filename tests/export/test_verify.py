@@ -11,8 +11,8 @@ from onnx import numpy_helper
 from export import verify
 from export.bisect import first_departure, first_module
 from export.cases import full_rows
+from export.dynamic import quantize
 from export.io_spec import read_spec
-from export.quantize import quantize
 from export.to_onnx import export_graph, load_model
 from tests.export.test_variants import plant_overflow
 from trainer.__main__ import main

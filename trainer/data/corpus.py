@@ -136,18 +136,18 @@ def collect(
     return corpus
 
 
-def validation_texts(prepare: Prepare, per_source: int) -> Iterator[str]:
-    """Up to `per_source` validation documents of each source, read anew from its files.
+def split_texts(prepare: Prepare, split: Split, per_source: int) -> Iterator[str]:
+    """Up to `per_source` documents of a split from each source, read anew from its files.
 
     The documents that `collect` keeps, but for repetitions; bad ones are passed over. UserError where files are gone.
     """
     for source in prepare.sources:
-        left = 0 if source.split == "train" else per_source
+        left = per_source if source.split in ("hash", split) else 0
         documents = (document for path in find_files(source) for document in read_file(source, path))
         while left and (document := next(documents, None)) is not None:
             if isinstance(document, BadDocument) or document.characters < prepare.min_document_characters:
                 continue
-            if _split(source, document_digest(document.utf8), prepare) == "validation":
+            if _split(source, document_digest(document.utf8), prepare) == split:
                 left -= 1
                 yield document.utf8.decode("utf-8")
 
