@@ -228,13 +228,17 @@ class Drill:
     def long_prepare(self) -> dict[str, Any]:
         """Prepare alone, on the standard library's sources, asked to stop twice while it works."""
         sources = ("prepare", 'prepare.sources=[{"type": "stdlib"}]', "prepare.max_shard_tokens=200000")
-        chain, reference = (self.chain(name, sources) for name in ("long prepare", "long prepare unbroken"))
+        reference = self.chain("long prepare unbroken", sources)
         assert reference.ended("prepare") == "COMPLETED", reference.log("prepare")
+        chain = self.chain("long prepare", sources)
+        journal = chain.run_dir / "prepare" / "unfinished" / "journal.jsonl"
+
+        def finished_steps() -> int:
+            return journal.read_text().count("\n") if journal.is_file() else 0
+
         for number in range(2):
-            journal = chain.run_dir / "prepare" / "unfinished" / "journal.jsonl"
-            had = len(journal.read_text().splitlines()) if journal.is_file() else 0
-            chain.until(lambda had=had, journal=journal: journal.is_file()
-                        and len(journal.read_text().splitlines()) > had + 200)  # fmt: skip
+            had = finished_steps()
+            chain.until(lambda had=had: finished_steps() > had + 200)
             chain.signal("prepare")
             chain.until(lambda number=number: chain.restarts("prepare") > number)
         state = chain.ended("prepare")
