@@ -32,6 +32,12 @@ def elements(recipe: Recipe, axes: Sequence[str]) -> list[Element]:
     """The product of axes such as `seed=0,1,2`; nothing where there is none."""
     if not axes:
         return []
+    if any(axis.startswith("prepare_dir=") for axis in axes) or (recipe.prepare_dir and not shares_data(axes)):
+        raise UserError(
+            "--array over the data, and prepare_dir, which says whose data is taken",
+            "one or the other",
+            "for several prepare_dir submit several chains, each with a run_dir of its own",
+        )
     if shares_data(axes) and recipe.prepare_dir is None:
         recipe = recipe.model_copy(update={"prepare_dir": recipe.stage_dir("prepare")})
     points = [list(_values(axis)) for axis in axes]

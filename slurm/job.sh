@@ -21,7 +21,18 @@ free_port() { # on this node, which is the first one: from the job's id, so that
     echo "$port"
 }
 
-newest() { cat "$checkpoints/LATEST" 2>/dev/null; }
+newest() { # what tells whether a start got on: the newest checkpoint, or how many steps prepare has finished
+    if [ "$stage" = prepare ]; then wc -l <"$progress"; else cat "$progress"; fi 2>/dev/null
+}
+
+answer() { # of a command of SLURM's; when many jobs are preempted at once the controller is busy
+    local number
+    for number in 1 2 3 4 5 6; do
+        "$@" && return
+        if [ "$number" != 6 ]; then sleep 5; fi
+    done
+    return 1
+}
 
 count_start() { # sets fruitless to the starts just before this one after which no newer checkpoint was there
     local id counted checkpoint
@@ -36,7 +47,7 @@ count_start() { # sets fruitless to the starts just before this one after which 
 may_start_again() { [ "$(newest)" != "$before" ] || [ "$fruitless" -lt "${1:-$max_restarts}" ]; }
 
 look_at_nodes() { # sets unfit to the nodes that are not to be used, with a comma between them; excluded to all of these
-    local found=$outcome.nodes nodes_here looking left
+    local found=$outcome.nodes nodes_here looking known left
     port=$(free_port)
     mapfile -t nodes_here < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
     mkdir -p "$found"
@@ -51,17 +62,18 @@ look_at_nodes() { # sets unfit to the nodes that are not to be used, with a comm
     done
     unfit=$(srun --nodes=1 --ntasks=1 --nodelist="$head_node" "${srun_options[@]}" "${container[@]}" \
         "$python" -m slurm.preflight judge "$found" "$least_gb_s" "${nodes_here[@]}") || { say "the preflight failed"; exit 71; }
-    if [ -z "$unfit" ]; then return; fi
-    if [ "$(echo "$unfit" | tr ',' '\n' | grep -c .)" = "${#nodes_here[@]}" ] && [ "$fruitless" -gt 0 ]; then
-        say "again no node is fit: that is not the nodes"
-        exit 71
+    if [ -z "$unfit" ]; then rm -f "$notes.none_fit"; return; fi
+    if [ "$(echo "$unfit" | tr ',' '\n' | grep -c .)" = "${#nodes_here[@]}" ]; then
+        if [ -e "$notes.none_fit" ]; then rm -f "$notes.none_fit"; say "again no node is fit: that is not the nodes"; exit 71; fi
+        touch "$notes.none_fit"
     fi
-    excluded=$(scontrol show job --oneliner "$me" | sed -n 's/.* ExcNodeList=\([^ ]*\).*/\1/p')
+    excluded=$(answer scontrol show job --oneliner "$me" | sed -n 's/.* ExcNodeList=\([^ ]*\).*/\1/p')
+    if [ -z "$excluded" ]; then say "SLURM does not tell which nodes are excluded: $unfit cannot be added"; exit 71; fi
     if [ "$excluded" = '(null)' ]; then excluded=''; fi
     excluded=${excluded:+$excluded,}$unfit
-    left=$(sinfo --noheader --Node --partition="$SLURM_JOB_PARTITION" --format=%N | sort -u |
-        grep -cvxF -f <(scontrol show hostnames "$excluded"))
-    if [ "$left" -lt "$fewest_nodes" ]; then # it would wait for ever
+    known=$(answer sinfo --noheader --Node --partition="$partitions" --format=%N | sort -u)
+    left=$(echo "$known" | grep -cvxF -f <(scontrol show hostnames "$excluded"))
+    if [ -n "$known" ] && [ "$left" -lt "$fewest_nodes" ]; then # it would wait for ever
         say "without $excluded the partition has $left nodes, and this job needs $fewest_nodes"
         exit 71
     fi
@@ -119,18 +131,13 @@ wait_for_ranks() { # until srun ends, or must be ended
 }
 
 requeue() {
-    local number
     if ! may_start_again; then
         say "no newer checkpoint in $((fruitless + 1)) starts; slurm.max_restarts is $max_restarts. Submit to go on"
         exit 75
     fi
     say "requeueing"
     trap '' TERM # of the requeueing: it must not come between the two commands
-    for number in 1 2 3 4 5 6; do # when many jobs are preempted at once the controller is busy
-        scontrol requeue "$me" && break
-        if [ "$number" = 6 ]; then say "SLURM does not requeue this job; submit once more to go on"; exit 75; fi
-        sleep 5
-    done
+    answer scontrol requeue "$me" || { say "SLURM does not requeue this job; submit once more to go on"; exit 75; }
     if [ -n "$unfit" ]; then # a job's nodes can be chosen only while it waits
         scontrol update "jobid=$me" "excnodelist=$excluded" && say "excluded: $unfit"
     fi
@@ -162,9 +169,10 @@ while :; do
     for final in 1 2 130; do # a gate, a mistake in the recipe: the next start would end alike
         case $codes in *" $final "*) exit "$final" ;; esac
     done
-    # An exception is an error in a program, or a GPU or a network that failed in words of its own: tried again twice.
-    case $codes in *" 70 "*) may_start_again $((max_restarts < 2 ? max_restarts : 2)) || exit 70 ;; esac
-    case $codes in *" 75 "*) requeue ;; esac
+    # An exception is an error in a program, or a GPU or a network that failed in words of its own; a full disk may be a
+    # node's own: tried again twice.
+    case $codes in *" 70 "* | *" 74 "*) may_start_again $((max_restarts < 2 ? max_restarts : 2)) || exit 70 ;; esac
+    case $codes in *" 75 "* | *" 69 "*) requeue ;; esac
     if [ "$code" = 0 ] && [ "$codes" = " 0 " ]; then exit 0; fi
     # What is left: ranks were killed, lost, or hung.
     if [ -n "$stopping$stuck" ]; then requeue; fi # what is stuck keeps its place in the allocation

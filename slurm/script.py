@@ -34,6 +34,7 @@ class StageJob:
     code: Path  # the frozen copy of lmworks
     python: str
     elements: int = 0  # of a job array, each with a recipe of its own; 0: no array
+    reads: tuple[Path, ...] = ()  # what must be seen in a container, beside workdir and the run folder
 
     @property
     def trains(self) -> bool:
@@ -72,7 +73,6 @@ def _directives(job: StageJob, site: Site) -> Iterator[str]:
     wanted = job.job
     nodes = f"{wanted.min_nodes}-{wanted.nodes}" if wanted.min_nodes else str(wanted.nodes)
     log = "%x-%A_%a.log" if job.elements else "%x-%j.log"
-    partition = site.partition if job.gpus_per_node or not site.cpu_partition else site.cpu_partition
     cpus = wanted.cpus_per_node or (site.cpus_per_node if job.trains else None)
     options = {
         "job-name": job.name,
@@ -90,7 +90,7 @@ def _directives(job: StageJob, site: Site) -> Iterator[str]:
         "signal": f"B:USR1@{job.slurm.notice_s}",
         "array": f"0-{job.elements - 1}" if job.elements else None,
         "account": site.account,
-        "partition": partition,
+        "partition": _partition(job, site),
         "qos": site.qos,
         "constraint": site.constraint if job.gpus_per_node else None,
         "reservation": site.reservation,
@@ -103,6 +103,10 @@ def _directives(job: StageJob, site: Site) -> Iterator[str]:
     for option in site.directives:
         name, equals, value = option.partition("=")
         yield f"#SBATCH {name}{equals}{_directive_value(value) if value else ''}"
+
+
+def _partition(job: StageJob, site: Site) -> str | None:
+    return site.partition if job.gpus_per_node or not site.cpu_partition else site.cpu_partition
 
 
 def _gpus(count: int, site: Site) -> dict[str, str]:
@@ -128,7 +132,8 @@ def _values(job: StageJob, site: Site) -> Iterator[str]:
     yield f"stage={job.stage}"
     yield f"recipe={quoted}"
     yield f"job_folder={shlex.quote(str(job.folder))}"
-    yield f"checkpoints={run}/{job.stage}/checkpoints"
+    steps = "unfinished/journal.jsonl" if job.stage == "prepare" else "checkpoints/LATEST"
+    yield f"progress={run}/{job.stage}/{steps}"
     yield f"launch_config={shlex.quote(str(job.code / 'slurm' / 'accelerate.yaml'))}"
     yield f"python={shlex.quote(job.python)}"
     yield f"ranks_per_node={job.ranks_per_node}"
@@ -142,13 +147,15 @@ def _values(job: StageJob, site: Site) -> Iterator[str]:
     yield f"preflight_s={PREFLIGHT_S}" if looked_at else "preflight_s='' # nodes are not looked at"
     yield f"least_gb_s={site.min_all_reduce_gb_s:g}"
     yield f"fewest_nodes={job.job.fewest_nodes}"
+    partition = _partition(job, site)
+    yield f"partitions={_in_quotes(partition)}" if partition else "partitions=$SLURM_JOB_PARTITION"
 
 
 def _container(job: StageJob, site: Site) -> Iterator[str]:
     """What stands between srun and the ranks."""
     box = site.container
     srun, prefix = [], []
-    mounts = [*dict.fromkeys([str(job.workdir), str(job.folder.parent)]), *box.mounts]
+    mounts = [*dict.fromkeys(map(str, (job.workdir, job.folder.parent, *job.reads))), *box.mounts]
     mounts += [site.scratch] if site.scratch else []
     if box.kind == "pyxis":
         pairs = ",".join(mount if ":" in mount else f"{mount}:{mount}" for mount in mounts)
@@ -163,7 +170,11 @@ def _container(job: StageJob, site: Site) -> Iterator[str]:
 
 def _word(value: str) -> str:
     """Quoted for bash, also where only a reader could take a comma for a separator."""
-    return shlex.quote(value) if "," not in value else "'" + value.replace("'", "'\"'\"'") + "'"
+    return shlex.quote(value) if "," not in value else _in_quotes(value)
+
+
+def _in_quotes(value: str) -> str:
+    return "'" + value.replace("'", "'\"'\"'") + "'"
 
 
 def _environment(job: StageJob, site: Site) -> Iterator[str]:
@@ -172,7 +183,7 @@ def _environment(job: StageJob, site: Site) -> Iterator[str]:
     yield from site.setup
     yield f"export PYTHONPATH={shlex.quote(str(job.code))}${{PYTHONPATH:+:$PYTHONPATH}}"
     yield f"export TORCH_ELASTIC_SHUTDOWN_TIMEOUT={job.slurm.notice_s} # else torchrun kills ranks that save after 30 s"
-    yield "threads=$((${SLURM_CPUS_ON_NODE:-1} / ranks_per_node))"
+    yield "threads=$((${SLURM_CPUS_PER_TASK:-${SLURM_CPUS_ON_NODE:-1}} / ranks_per_node))"
     yield 'export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}"'
     if site.network_interface:
         yield f"export NCCL_SOCKET_IFNAME={shlex.quote(site.network_interface)}"

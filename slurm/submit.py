@@ -65,6 +65,10 @@ def plan(
     for stage in stages:
         if stage != "report":
             require_section(recipe, stage)
+    if "prepare" in stages and recipe.prepare_dir is not None:
+        raise UserError(
+            f"prepare with prepare_dir {recipe.prepare_dir}, which is another run's", "one of the two", "leave one out"
+        )
     taken = {"prepare"} if recipe.prepare_dir is not None else set()
     there = [stage for stage in STAGES if stage == "report" or getattr(recipe, stage) is not None]
     there = [stage for stage in there if (stage in stages if stages else stage not in taken)]
@@ -111,6 +115,7 @@ def _job(recipe: Recipe, stage: str, site: Site, array_elements: int) -> StageJo
         code=folder / frozen.code_name(),
         python=site.python or (sys.executable if site.container.kind == "none" else "python3"),
         elements=array_elements,
+        reads=(recipe.prepare_dir.absolute(),) if recipe.prepare_dir else (),
     )
 
 

@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 from trainer.artifact import alone_in
 from trainer.config import Recipe
 from trainer.engine.launch import ensure_ranks, leave
-from trainer.errors import DISK_FULL, EXIT_INTERRUPTED, EXIT_USER_ERROR, Preempted, UserError
+from trainer.errors import DISK_FULL, EXIT_DISK_FULL, EXIT_INTERRUPTED, Preempted, UserError
 from trainer.recipe_file import dump_recipe, load_recipe, require_section
 
 
@@ -171,7 +171,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         where = f"{error.filename}: " if error.filename else ""
         print(f"lmworks {arguments.verb}: {where}{error.strerror}\nDo: make room, and run the same command again; what "
               "was finished before is kept", file=sys.stderr)  # fmt: skip
-        return EXIT_USER_ERROR
+        return EXIT_DISK_FULL
     except KeyboardInterrupt:  # stages that train answer it themselves and save
         print(f"lmworks {arguments.verb}: interrupted; run the same command to go on", file=sys.stderr)
         return EXIT_INTERRUPTED

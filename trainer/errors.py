@@ -7,7 +7,9 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT)  # what an OSError says where a file sy
 
 EXIT_GATE_FAILED = 1
 EXIT_USER_ERROR = 2
+EXIT_BUSY = 69  # EX_UNAVAILABLE of sysexits.h
 EXIT_RANK_LOST = 71  # EX_OSERR of sysexits.h
+EXIT_DISK_FULL = 74  # EX_IOERR of sysexits.h
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: "try again later"
 
@@ -41,7 +43,7 @@ class OtherRun(UserError):
 class Busy(UserError):
     """Another process is at work there: the same command is right later."""
 
-    exit_code = EXIT_PREEMPTED
+    exit_code = EXIT_BUSY
 
 
 class Preempted(Exception):

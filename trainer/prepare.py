@@ -2,19 +2,19 @@
 Reading, training, encoding and storing are in `trainer.data`; here they are put in order and reported."""
 
 import os
+import platform
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import tokenizers
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from trainer.__main__ import stage_main
-from trainer.artifact import hash_tree, staging, write_artifact, write_json
+from trainer.artifact import hash_tree, staging, versions, write_artifact, write_json
 from trainer.config import Prepare, Recipe
 from trainer.data.corpus import SPLITS, Corpus, collect
 from trainer.data.encoding import write_shards
@@ -27,6 +27,7 @@ from trainer.errors import UserError
 from trainer.recipe_file import recipe_hash, require_section
 
 _MIB = 2**20
+_CODE = 1  # raised whenever the same text would give other shards: work of an older code is not gone on with
 
 
 def run(recipe: Recipe) -> None:
@@ -58,9 +59,10 @@ def _prepare(prepare: Prepare, work: Path, data: Path, tokenizer_dir: Path, prog
     """All of the work below `work`, which an interrupted run leaves for the next one; then into the two folders."""
     recipe_sha256, made_from = recipe_hash(prepare), {}
     if prepare.tokenizer.path is not None:
+        load_tokenizer(prepare.tokenizer)  # a mistake is said before hours of reading
         made_from = {"loaded_from": hash_tokenizer(prepare.tokenizer.path)}
-    begun_with = {"recipe": recipe_sha256, **made_from, "tokenizers": tokenizers.__version__}
-    journal = Journal(work, begun_with)
+    begun_by = {"code": _CODE, "python": platform.python_version(), **versions()}
+    journal = Journal(work, {"recipe": recipe_sha256, **made_from, **begun_by})
     if left := journal.left():
         had = ", ".join(f"{number:,} {kind}{'s' * (number > 1)}" for kind, number in left.items())
         print(f"going on with an interrupted run; it had finished {had}", flush=True)
@@ -69,7 +71,7 @@ def _prepare(prepare: Prepare, work: Path, data: Path, tokenizer_dir: Path, prog
     counted = write_shards(prepare, corpus, tokenizer, work / "shards", journal, _task(progress, "encoding documents"))
     shutil.copytree(work / "tokenizer", tokenizer_dir, dirs_exist_ok=True)
     for split in SPLITS:
-        (work / "shards" / split).rename(data / split)
+        shutil.copytree(work / "shards" / split, data / split, copy_function=_link)
     tokenizer_sha256 = hash_tree(tokenizer_dir)
     manifest = {"format": "megatron-indexed", "tokenizer_sha256": tokenizer_sha256, **counted}
     write_json(data / MANIFEST_FILE, manifest)
@@ -83,6 +85,14 @@ def _prepare(prepare: Prepare, work: Path, data: Path, tokenizer_dir: Path, prog
     )
     write_artifact(data, "token_shards", recipe_sha256=recipe_sha256, parents={"tokenizer": tokenizer_sha256})
     return manifest
+
+
+def _link(source: str, target: str) -> None:
+    """A second name for a file, so that a stop before all is on disk loses nothing; a copy where there are no links."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
 
 
 def _tokenizer(
@@ -104,7 +114,7 @@ def _tokenizer(
     shutil.rmtree(folder, ignore_errors=True)
     save_tokenizer(tokenizer, folder)
     journal.note("tokenizer", config.type, {"sha256": hash_tree(folder)})
-    return tokenizer
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True)  # as a run that takes it over
 
 
 def _progress() -> Progress:

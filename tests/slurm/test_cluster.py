@@ -262,6 +262,7 @@ GOOD = {"versions": "a", "disk_gib": 10.0, "gpus_wanted": 8, "gpus": 8, "clock_s
         ({"disk_gib": 0.5}, "0.50 GiB free"),
         ({"versions": "b"}, "other versions"),
         ({"gpus": 7}, "7 of 8 GPUs"),
+        ({"sum_is_right": False}, "the sum of an all-reduce is wrong"),
         ({"all_reduce_gb_s": ..., "all_reduce_error": "refused"}, "no all-reduce: refused"),
         (None, "no answer"),
     ],

@@ -316,7 +316,7 @@ def test_a_refused_submission_leaves_no_copy_of_the_code(tmp_path, sbatch, capsy
 
 def test_two_submissions_of_one_run_folder_do_not_meet(tmp_path, sbatch, capsys):
     with alone_in(tmp_path / "run" / "slurm"):
-        assert main(["submit", "quickstart", f"run_dir={tmp_path}/run"]) == 75
+        assert main(["submit", "quickstart", f"run_dir={tmp_path}/run"]) == 69
     assert "another process is at work" in capsys.readouterr().err and not sbatch.with_name("sbatch.said").exists()
 
 

@@ -53,11 +53,11 @@ class SourceCounts:
 class Corpus:
     """Kept documents on disk, in the order of the recipe's sources and their sorted files."""
 
-    def __init__(self, folder: Path, sources: list[SourceCounts]) -> None:
+    def __init__(self, folder: Path, sources: list[SourceCounts], deduplicate: bool) -> None:
         self.folder = folder
         self.sources = sources
-        self.seen: set[bytes] = set()
-        """Digests of all documents that are kept."""
+        self.seen: set[bytes] | None = set() if deduplicate else None
+        """Digests of all documents that are kept, where no other may be equal."""
         self._rank_D = array("Q")  # training documents: what decides the order below
         self._bytes_D = array("Q")
 
@@ -83,7 +83,8 @@ class Corpus:
 
     def remember(self, source: int, split: Split, digest: bytes, size_bytes: int) -> None:
         """Note a kept document: that it was seen, what it adds to the content, its place in hash order and its size."""
-        self.seen.add(digest)
+        if self.seen is not None:
+            self.seen.add(digest)
         self.sources[source].content[split].update(digest)
         if split == "train":
             self._rank_D.append(rank_of(digest))
@@ -124,8 +125,12 @@ def collect(
     names = source_names(prepare.sources)
     files = [(index, path) for index, source in enumerate(prepare.sources) for path in find_files(source)]
     number = Counter(index for index, _ in files)
-    fresh = lambda: [SourceCounts(name, prepare.sources[i], number[i]) for i, name in enumerate(names)]  # noqa: E731
-    corpus, done = _taken_over(folder, journal, files, fresh)
+
+    def empty() -> Corpus:
+        counts = [SourceCounts(name, prepare.sources[index], number[index]) for index, name in enumerate(names)]
+        return Corpus(folder, counts, prepare.deduplicate)
+
+    corpus, done = _taken_over(journal, files, empty)
     for index, path in files[done:]:
         seen = stamp(path)  # before it is read: a file that changes meanwhile is not taken over
         size = _read(prepare, corpus, index, path)
@@ -182,9 +187,7 @@ def require_both_splits(amounts: dict[Split, int], counts: list[SourceCounts]) -
     )
 
 
-def _taken_over(
-    folder: Path, journal: Journal, files: Sequence[tuple[int, Path]], fresh: Callable[[], list[SourceCounts]]
-) -> tuple[Corpus, int]:
+def _taken_over(journal: Journal, files: Sequence[tuple[int, Path]], empty: Callable[[], Corpus]) -> tuple[Corpus, int]:
     """What an earlier run kept of the first files, and how many these are; where nothing holds, an empty corpus."""
     done, last = 0, {}
     for index, path in files:
@@ -192,16 +195,16 @@ def _taken_over(
         if state is None:
             break
         done, last[index] = done + 1, state
-    corpus = Corpus(folder, fresh())
+    corpus = empty()
     if last and all(corpus.restore(index, state) for index, state in last.items()):
         for index in set(range(len(corpus.sources))) - set(last):  # begun, and no file read to its end
             for split in SPLITS:
                 corpus.path(split, index).unlink(missing_ok=True)
         return corpus, done
     journal.forget(done)
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    return Corpus(folder, fresh()), 0
+    shutil.rmtree(corpus.folder, ignore_errors=True)
+    corpus.folder.mkdir(parents=True)
+    return empty(), 0
 
 
 def _read(prepare: Prepare, corpus: Corpus, index: int, path: Path) -> dict[Split, int]:
@@ -225,7 +228,7 @@ def _take(
         count.dropped["too_short"] += 1
         return
     digest = document_digest(document.utf8)
-    if prepare.deduplicate and digest in corpus.seen:
+    if corpus.seen is not None and digest in corpus.seen:
         count.dropped["duplicate"] += 1
         return
     split = _split(count.source, digest, prepare)

@@ -1,6 +1,7 @@
 """Encodes a corpus into token shards and counts everything on the way; the counts are the manifest.
 The shards' format is in `shards`, the tokenizer's making in `tokenizer`."""
 
+import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from trainer.data.corpus import (
 from trainer.data.journal import Journal
 from trainer.data.shards import Shard, ShardWriter
 from trainer.data.tokenizer import TokenizerQuality, encode, encoding_backend
+from trainer.errors import UserError
 
 _PARTS = ("bin", "idx", "digests")
 
@@ -98,12 +100,15 @@ class _Encoder:
         """Write what a source gave to a split; gives out how many more of its documents are done."""
         name = corpus.sources[index].name
         writer = ShardWriter(self._folder / split, name, self._vocab_size, self._max_shard_tokens)
-        done = self._take_over(writer, split, name)
+        done = taken_over = self._take_over(writer, split, name)
         yield done
+        content = hashlib.sha256()
         for text, ids in encode(self._backend, corpus.texts(split, index, skip=done)):
+            utf8 = text.encode("utf-8")
+            digest = document_digest(utf8)
+            content.update(digest)
             if ids:
-                utf8 = text.encode("utf-8")
-                finished = writer.add(ids + self._end, rank_of(document_digest(utf8)))
+                finished = writer.add(ids + self._end, rank_of(digest))
                 self._note(finished, split, name, done)
                 self.splits[split].add(text, len(utf8), len(ids) + len(self._end))
                 if split == "validation":
@@ -112,6 +117,12 @@ class _Encoder:
                 self.no_tokens[name] += 1
             done += 1
             yield 1
+        if not taken_over and content.digest() != corpus.sources[index].content[split].digest():
+            raise UserError(
+                f"{corpus.path(split, index)} is not what was written there",
+                "one prepare at work in a run folder",
+                "see that no other one runs, and run this one again",
+            )
         self._note(writer.close(), split, name, done)
 
     def remove_strays(self) -> None:

@@ -8,12 +8,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
+from trainer.artifact import write_text
+
 
 class Journal:
     """Steps in the order in which they ended. A run that begins again asks for each before it does it.
 
-    `recall` gives what was noted of the next step if it was the same one; the first that is not ends the memory. A
-    step's files need no fsync: whoever takes them over looks whether they are as noted.
+    `recall` gives what was noted of the next step if it was the one that is asked for; the first step that is noted
+    anew ends the memory. A step's files need no fsync: whoever takes them over looks whether they are as noted.
     """
 
     def __init__(self, folder: Path, begun_with: Mapping[str, Any]) -> None:
@@ -31,27 +33,25 @@ class Journal:
         return Counter(step["step"] for step in self._steps[self._next :])
 
     def recall(self, kind: str, about: Any) -> dict[str, Any] | None:
-        """What was noted of the next step, or None from the first on that is another."""
+        """What was noted of the next step, or None if that is another one."""
         if self._next == len(self._steps):
             return None
         step = self._steps[self._next]
         if (step["step"], step["about"]) != (kind, about):
-            self.forget()
             return None
         self._next += 1
         return step["state"]
 
-    def forget(self, steps: int = 0) -> None:
-        """Drop the last `steps` that were recalled, and all after them."""
+    def forget(self, steps: int) -> None:
+        """Drop the last `steps` that were recalled, and all after them: they do not hold."""
         self._next -= steps
         del self._steps[self._next :]
 
     def note(self, kind: str, about: Any, state: Mapping[str, Any]) -> None:
         """Write down a step that ended."""
-        if self._file is None:  # the first new one: what is not taken over goes
-            self.forget()
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            self._path.write_text("".join(json.dumps(step) + "\n" for step in self._steps), encoding="utf-8")
+        if self._file is None:  # the first new one: what was not taken over goes
+            self.forget(0)
+            write_text(self._path, "".join(json.dumps(step) + "\n" for step in self._steps))
             self._file = self._path.open("a", encoding="utf-8")
         self._file.write(json.dumps({"step": kind, "about": about, "state": state}) + "\n")
         self._file.flush()
