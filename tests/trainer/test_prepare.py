@@ -473,5 +473,7 @@ def test_errors_are_one_message_and_leave_nothing(tmp_path, capsys):
     assert f"{tmp_path}/texts/bad.txt:2" in message and "text-2" in message and "on_bad_document: skip" in message
     left = [path.name for path in (tmp_path / "run" / "prepare").iterdir()]
     assert left == ["unfinished"]  # what was read before it: the next run goes on from there
+    lost = f"prepare.tokenizer={{path: {tmp_path}/lost.json}}"
+    assert main(["prepare", str(path), lost]) == 2 and "lost.json is not there" in capsys.readouterr().err
     with pytest.raises(UserError, match="no `prepare` section"):
         prepare.run(Recipe(run_dir=tmp_path))
