@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 
 from export.generate import Sampling, generate
-from export.io_spec import read_spec
-from export.provider_audit import audit
-from export.runners import Runner, open_runner
+from export.io_spec import PAIR_STEMS, IoSpec, graph_files, read_spec
+from export.provider_audit import audit, sum_of
+from export.runners import Pair, Runner, open_runner
 from export.scores import score
 from export.windows import (
     MIN_CPU_SHARE,
@@ -56,6 +56,8 @@ class Job:
     audited: bool
     prompts: int
     new_tokens: int
+    paired: bool = False
+    """An encoder-decoder: a cell's call is the encoder's and the decoder's first step."""
 
     @staticmethod
     def read(path: Path) -> "Job":
@@ -73,30 +75,39 @@ def main(path: Path) -> None:
     runner, cold_start_s = open_cold(job, cells[0])
     rows = [measure_row(runner, inputs, job.settings, SystemClock()) for inputs in cells]
     if job.backend == "compile":
-        check_compiled(runner, open_runner(folder, "eager", threads, job.provider), cells)
+        check_compiled(runner, open_runner(folder, "eager", threads, job.provider, _pair_spec(job)), cells)
     batches = [_named(arrays, f"quality{index}|") for index in range(job.quality_batches)]
     value = score(runner, batches, job.metric).value if job.metric else None
     prompts = [arrays[f"prompts{index}"] for index in range(job.prompts)]
     decode = [measure_decode(runner, folder, ids_BP, job.new_tokens, job.settings, SystemClock()) for ids_BP in prompts]
+    graphs = graphs_of(job, runner, cells[0]) if job.audited else []
     del runner  # a device may have no room for two sessions
-    found = None
-    if job.audited:
-        found = asdict(audit(folder / ONNX_FILES[job.backend], job.provider, threads, cells[0]))
+    audits = [audit(file, job.provider, threads, inputs) for file, inputs in graphs]
+    found = asdict(sum_of(audits)) if audits else None
     result = {"rows": rows, "cold_start_s": cold_start_s, "quality": value, "decode": decode, "audit": found}
     write_json(Path(f"{path}.result"), result)
 
 
-def open_cold(job: Job, inputs: Inputs) -> tuple[Runner, float | None]:
+def open_cold(job: Job, inputs: Inputs) -> tuple[Runner | Pair, float | None]:
     """The runner, and seconds from opening it to its first answer; None where others had the CPU meanwhile."""
+    spec = _pair_spec(job)
     before, started_s = scheduled_s("self"), time.perf_counter()
-    runner = open_runner(Path(job.folder), job.backend, job.settings.threads, job.provider)
+    runner = open_runner(Path(job.folder), job.backend, job.settings.threads, job.provider, spec)
     runner.run(inputs)
     elapsed_s = time.perf_counter() - started_s
     share = cpu_share(before, scheduled_s("self"))
     return runner, elapsed_s if share is None or share >= MIN_CPU_SHARE else None
 
 
-def measure_row(runner: Runner, inputs: Inputs, settings: Settings, clock: Clock) -> dict[str, Any]:
+def graphs_of(job: Job, runner: Runner | Pair, inputs: Inputs) -> list[tuple[Path, Inputs]]:
+    """The graph files that a call on `inputs` runs, and what each of them is given."""
+    if not isinstance(runner, Pair):
+        return [(Path(job.folder, ONNX_FILES[job.backend]), inputs)]
+    files = [Path(job.folder, file) for file in graph_files(PAIR_STEMS, job.backend)]
+    return list(zip(files, (inputs, runner.feeds(inputs)), strict=True))
+
+
+def measure_row(runner: Runner | Pair, inputs: Inputs, settings: Settings, clock: Clock) -> dict[str, Any]:
     """Measured part of a report row for one batch of inputs."""
     reset_peak_memory()
     found = measure(lambda: runner.run(inputs), settings, clock)
@@ -105,7 +116,7 @@ def measure_row(runner: Runner, inputs: Inputs, settings: Settings, clock: Clock
 
 
 def measure_decode(
-    runner: Runner, folder: Path, prompts_BP: np.ndarray, new_tokens: int, settings: Settings, clock: Clock
+    runner: Runner | Pair, folder: Path, prompts_BP: np.ndarray, new_tokens: int, settings: Settings, clock: Clock
 ) -> dict[str, Any]:
     """Generating greedily: time to the first token, and for each further one, from medians of one token and of all."""
     spec, prompts = read_spec(folder), prompts_BP.tolist()
@@ -194,6 +205,11 @@ def peak_memory_mib() -> float | None:
         return None
     lines = dict(line.split(":", 1) for line in status.read_text().splitlines())
     return int(lines["VmHWM"].split()[0]) / 1024
+
+
+def _pair_spec(job: Job) -> IoSpec | None:
+    """The face of an encoder-decoder; other runners need none, and reading it imports transformers."""
+    return read_spec(Path(job.folder)) if job.paired else None
 
 
 def _named(arrays: Mapping[str, np.ndarray], prefix: str) -> Inputs:

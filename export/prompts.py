@@ -12,9 +12,9 @@ from typing import Any
 
 from export.generate import Sampling
 from export.io_spec import IoSpec, read_spec
-from export.runners import Pair, Runner, open_onnx, open_torch, open_torch_pair, usable_threads
+from export.runners import Pair, Runner, open_onnx_graphs, open_runner, usable_threads
 from export.texts import not_done, stream_texts, with_end
-from export.verified import Verified, examine
+from export.verified import examine
 from trainer.errors import UserError
 
 
@@ -70,7 +70,7 @@ def open_writer(folder: Path, variant: str | None = None) -> Writer:
                 "variant out: then it runs in PyTorch"
             )  # fmt: skip
         spec = read_spec(folder)
-        runner = open_torch_pair(folder, usable_threads()) if spec.encoder else open_torch(folder, usable_threads())
+        runner = open_runner(folder, "eager", usable_threads(), spec=spec)
         _tell(f"{folder} in PyTorch, fp32")
     else:
         subject = examine(folder.name, folder)
@@ -80,14 +80,10 @@ def open_writer(folder: Path, variant: str | None = None) -> Writer:
             raise UserError(
                 f"{folder} has no verified {chosen}", f"one of {', '.join(names)}", "export that variant too"
             )
-        spec, runner = subject.spec, _open_onnx(subject.variants[chosen])
+        spec, form = subject.spec, subject.variants[chosen]
+        runner = open_onnx_graphs(form.files, spec, usable_threads())
         _tell(f"{subject.variants[chosen].file}, which passed parity" + ("" if variant else f"; also: {names}"))
     return Writer(runner, spec, AutoTokenizer.from_pretrained(folder, local_files_only=True))
-
-
-def _open_onnx(form: Verified) -> Runner | Pair:
-    decoder = open_onnx(form.file, usable_threads())
-    return Pair(open_onnx(form.encoder_file, usable_threads()), decoder) if form.encoder_file else decoder
 
 
 def _write(writer: Writer, prompt: str, settings: Sampling, stops: Sequence[str], json_lines: bool) -> None:

@@ -20,7 +20,7 @@ from trainer.errors import UserError
 from trainer.serving_config import TensorRT
 
 # What of a manifest an engine keeps wherever it is built.
-_KEPT = ("variant", "profiles", "tf32", "version_compatible", "hardware_compatibility")
+_KEPT = ("variant", "stem", "profiles", "tf32", "version_compatible", "hardware_compatibility")
 
 
 def open_fitting(plan: Path, spec: IoSpec, onnx: Path | None = None, cuda_graphs: bool = False) -> TensorRTRunner:
@@ -74,7 +74,8 @@ def _stand_in(plan: Path, manifest: Mapping[str, Any], graph: Path, here: Place,
     if not is_the_one(manifest["onnx"], graph):
         raise UserError(f"{graph} is not the file that it was built from")
     folder = plan.parent.with_name(f"{plan.parent.name}.rebuilt") / f"sm{here.compute_capability.replace('.', '')}"
-    made = folder / manifest["variant"] / plan_name(manifest["variant"], here.compute_capability)
+    name = plan_name(manifest["variant"], here.compute_capability, manifest.get("stem", "model"))
+    made = folder / manifest["variant"] / name
     if made.is_file() and manifest_of(made).is_file():
         before = read_manifest(made)
         if before["onnx"] == manifest["onnx"] and not _misfit(made, before, here):
@@ -101,5 +102,8 @@ def _build(manifest: Mapping[str, Any], graph: Path, made: Path, here: Place) ->
     audited = audit(what, variant, read_layers(description), products(graph), manifest["audit"]["wider_share"])
     with staging(made.parent) as partial:
         (partial / made.name).write_bytes(plan)
-        about = {name: manifest[name] for name in _KEPT} | {"audit": audited, "in_place_of": manifest["plan"]}
+        about = {name: manifest[name] for name in _KEPT if name in manifest} | {
+            "audit": audited,
+            "in_place_of": manifest["plan"],
+        }
         write_manifest(partial / made.name, here, graph, about)

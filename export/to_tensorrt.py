@@ -3,6 +3,7 @@ Precision is written in the ONNX and read back from the engine by `audit`; runni
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from importlib import util
 from pathlib import Path
 from types import ModuleType
@@ -12,11 +13,13 @@ import onnx
 from rich.console import Console
 
 from export.audit import audit, read_layers
-from export.cases import load_documents, make_cases
+from export.cases import Case, load_documents, make_cases
+from export.cross_cases import decoder_cases
 from export.engine_files import Place, plan_name, write_manifest
-from export.io_spec import BATCH, SEQUENCE, IoSpec, Port
+from export.files import hashes
+from export.io_spec import BATCH, ENCODED, PAST, SEQUENCE, IoSpec, Port
 from export.parity import check_parity
-from export.runners import open_onnx, usable_threads
+from export.runners import Pair, open_onnx_graphs, usable_threads
 from export.tensorrt_library import load_library, messages_of, this_place
 from export.tensorrt_runner import open_engine
 from export.verified import Subject, Verified, subjects
@@ -25,14 +28,13 @@ from trainer.artifact import hash_file, staging, write_artifact
 from trainer.config import Recipe
 from trainer.environment import gpus, launch_command
 from trainer.errors import GateFailed, UserError
-from trainer.export_config import Export
+from trainer.export_config import Export, Parity
 from trainer.recipe_file import recipe_hash, require_section
 from trainer.serving_config import Profile, TensorRT
 
 # What TensorRT-RTX 1.7 builds for ahead of time that lmworks' users run: A100, L40S and RTX 40, RTX 50.
 _AHEAD_OF_TIME = ("8.0", "8.9", "12.0")
 _PRODUCTS = ("MatMul", "Gemm", "Conv", "Attention")
-_PAST = "past_sequence_length"
 _KEPT_MESSAGES = 5
 
 
@@ -170,10 +172,6 @@ def open_builder(settings: TensorRT) -> Builder:
 
 def build_engines(recipe: Recipe, settings: TensorRT, builder: Builder, subject: Subject) -> Path:
     """Write the engine folder of one model; returns it. On any failure nothing new is left behind."""
-    if subject.spec.encoder is not None:
-        raise UserError(
-            f"{subject.name} is a {subject.spec.architecture}", "a model of one graph", "name others in tensorrt.models"
-        )
     chosen = choose_variants(settings, builder, subject)
     target = recipe.stage_dir("tensorrt") / subject.name
     timing = target.parent / _timing_name(builder.place)
@@ -181,21 +179,11 @@ def build_engines(recipe: Recipe, settings: TensorRT, builder: Builder, subject:
     with staging(target) as partial:
         for one in chosen:
             for compute_capability in choose_capabilities(settings, builder):
-                plan, description = builder.build(one.file, subject.spec, settings, compute_capability, timing)
-                path = partial / plan_name(one.variant, compute_capability)
-                path.write_bytes(plan)
-                if builder.place.compute_capability == compute_capability:
-                    description = builder.describe(plan)
-                what = f"{subject.name} {one.variant} for {compute_capability}"
-                layers = read_layers(description)
-                audited = audit(what, one.variant, layers, products(one.file), settings.max_wider_share)
-                about = _about(settings, subject.spec, one.variant, compute_capability) | {"audit": audited}
-                write_manifest(path, builder.place, one.file, about)
-                evidence.append(_evidence("audit", one.variant, compute_capability, path, audited))
-                if builder.place.compute_capability == compute_capability:
-                    proof = prove(recipe, settings, what, subject, one, path)
-                    evidence.append(_evidence("parity", one.variant, compute_capability, path, proof["metrics"]))
-                _tell(what, path, audited)
+                made = [
+                    _build_graph(settings, builder, subject, part, one, compute_capability, partial, timing)
+                    for part in subject.spec.parts
+                ]
+                evidence += _describe(recipe, settings, builder, subject, one, compute_capability, made)
         write_artifact(
             partial,
             "engines",
@@ -207,26 +195,99 @@ def build_engines(recipe: Recipe, settings: TensorRT, builder: Builder, subject:
     return target
 
 
-def prove(recipe: Recipe, settings: TensorRT, what: str, subject: Subject, one: Verified, plan: Path) -> dict[str, Any]:
+@dataclass(frozen=True)
+class _Made:
+    """An engine that was written, of one graph, and what its audit found."""
+
+    part: IoSpec
+    what: str
+    graph: Path
+    plan: Path
+    audited: dict[str, Any]
+
+
+def _build_graph(
+    settings: TensorRT, builder: Builder, subject: Subject, part: IoSpec, one: Verified, compute_capability: str,
+    partial: Path, timing: Path,
+) -> _Made:  # fmt: skip
+    """Write the engine of one graph, and hold its layers against the precision of its form."""
+    graph = dict(zip(subject.spec.parts, one.files, strict=True))[part]
+    plan, description = builder.build(graph, part, settings, compute_capability, timing)
+    path = partial / plan_name(one.variant, compute_capability, part.stem)
+    path.write_bytes(plan)
+    if builder.place.compute_capability == compute_capability:
+        description = builder.describe(plan)
+    what = f"{subject.name} {one.variant} for {compute_capability}" + (f" ({part.stem})" if part.cross else "")
+    audited = audit(what, one.variant, read_layers(description), products(graph), settings.max_wider_share)
+    return _Made(part, what, graph, path, audited)
+
+
+def _describe(
+    recipe: Recipe, settings: TensorRT, builder: Builder, subject: Subject, one: Verified, compute_capability: str,
+    made: Sequence[_Made],
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Write the manifests of one form's engines, of an encoder-decoder's each names the other; returns the evidence."""
+    evidence = []
+    for each in made:
+        about = _about(settings, each.part, one.variant, compute_capability) | {"audit": each.audited}
+        if len(made) > 1:
+            about["beside"] = [hashes(other.plan) for other in made if other is not each]
+        write_manifest(each.plan, builder.place, each.graph, about)
+        kind, of = each.part.prefix, (one.variant, compute_capability, each.plan)
+        evidence.append(_evidence(f"{kind}audit", *of, each.audited))
+        if builder.place.compute_capability == compute_capability:
+            proof = prove(recipe, settings, each.what, subject, each.part, one, each.plan)
+            evidence.append(_evidence(f"{kind}parity", *of, proof["metrics"]))
+        _tell(each.what, each.plan, each.audited)
+    return evidence
+
+
+def prove(
+    recipe: Recipe, settings: TensorRT, what: str, subject: Subject, part: IoSpec, one: Verified, plan: Path
+) -> dict[str, Any]:
     """Run an engine on the GPU that is here, on real text within its profiles; evidence that it gives the numbers of
     the fp32 graph (or of its own, where there is none). GateFailed where it does not."""
     parity = (recipe.export or Export()).parity
-    most = max(profile.batch_size[2] for profile in settings.profiles)
-    longest = min(parity.max_length, *(profile.sequence_length[2] for profile in settings.profiles))
-    shapes = [shape for shape in parity.shapes if shape[0] <= most and shape[1] <= longest]
-    made = make_cases(load_documents(recipe, subject.folder), subject.spec, shapes, longest, recipe.seed)
-    cases = [case for case in made if any(_takes(profile, *case.mask_BT.shape) for profile in settings.profiles)]
+    reference = open_onnx_graphs(subject.variants.get("fp32", one).files, subject.spec, usable_threads())
+    cases = _cases_within(recipe, parity, settings.profiles, subject, part, reference)
     if not cases:
         raise UserError(f"{what}: no case of export.parity.shapes is within a profile", "one", "add such a shape")
-    source = open_onnx(subject.variants.get("fp32", one).file, usable_threads())
+    graphs = dict(zip(subject.spec.parts, one.files, strict=True))
+    source = reference
+    if isinstance(reference, Pair):
+        source = reference.decoder if part.encoder else reference.encoder
     expected = [source.run(case.inputs) for case in cases]
-    candidate: Any = open_engine(plan, subject.spec, one.file)
-    return check_parity(what, subject.spec, candidate, cases, expected, getattr(parity, one.variant))
+    candidate: Any = open_engine(plan, part, graphs[part])
+    return check_parity(what, part, candidate, cases, expected, getattr(parity, one.variant))
+
+
+def _cases_within(
+    recipe: Recipe, parity: Parity, profiles: Sequence[Profile], subject: Subject, part: IoSpec, reference: Any
+) -> list[Case]:
+    """Cases of real text that some profile takes."""
+    documents = load_documents(recipe, subject.folder)
+    most = max(profile.batch_size[2] for profile in profiles)
+    longest = min(parity.max_length, *(profile.sequence_length[2] for profile in profiles))
+    if part.encoder is not None:
+        made = decoder_cases(documents, part, reference, longest, recipe.seed)
+        return [case for case in made if any(_takes_step(profile, case) for profile in profiles)]
+    shapes = [shape for shape in parity.shapes if shape[0] <= most and shape[1] <= longest]
+    made = make_cases(documents, part, shapes, longest, recipe.seed)
+    return [case for case in made if any(_takes(profile, *case.mask_BT.shape) for profile in profiles)]
 
 
 def _takes(profile: Profile, batch: int, length: int) -> bool:
     (fewest, _, most), (shortest, _, longest) = profile.batch_size, profile.sequence_length
     return fewest <= batch <= most and shortest <= length <= longest
+
+
+def _takes_step(profile: Profile, case: Case) -> bool:
+    """Whether a profile takes a case of an encoder-decoder's decoder, which has one token a call."""
+    (batch, new), encoded = case.inputs["input_ids"].shape, case.inputs["encoder_attention_mask"].shape[1]
+    last = new - 1 if case.steps_after else case.past_tokens
+    shortest, _, longest = profile.past_length
+    alone = new == 1 or case.steps_after == 1
+    return alone and _takes(profile, batch, encoded) and shortest <= case.past_tokens and last <= longest
 
 
 def choose_variants(settings: TensorRT, builder: Builder, subject: Subject) -> list[Verified]:
@@ -242,7 +303,7 @@ def choose_variants(settings: TensorRT, builder: Builder, subject: Subject) -> l
         return [subject.variants[name] for name in settings.variants]
     chosen = []
     for one in subject.variants.values():
-        problem = builder.problem(one.file)
+        problem = next(filter(None, map(builder.problem, one.files)), "")
         if problem:
             Console(highlight=False).print(f"{subject.name} {one.variant}: no engine: {problem}", soft_wrap=True)
         else:
@@ -275,12 +336,15 @@ def products(path: Path) -> list[str]:
 
 
 def profile_shapes(port: Port, spec: IoSpec, profile: Profile) -> tuple[tuple[int, ...], ...]:
-    """Smallest, best tuned and largest shape of one input. An axis `a + b` is the sum of its parts."""
+    """Smallest, best tuned and largest shape of one input. An axis `a + b` is the sum of its parts.
+
+    A decoder with an encoder takes one token a call, as generating does: the profile's length is the encoded text's.
+    """
     lengths = [min(length, spec.max_length) for length in profile.sequence_length]
     pasts = [min(length, spec.max_length) for length in profile.past_length]
     shapes = []
     for batch, length, past in zip(profile.batch_size, lengths, pasts, strict=True):
-        sizes = {BATCH: batch, SEQUENCE: length, _PAST: past}
+        sizes = {BATCH: batch, SEQUENCE: 1 if spec.encoder else length, ENCODED: length, PAST: past}
         shapes.append(
             tuple(
                 axis if isinstance(axis, int) else sum(sizes[part] for part in axis.split(" + ")) for axis in port.axes
@@ -310,6 +374,7 @@ def _timing_name(place: Place) -> str:
 def _about(settings: TensorRT, spec: IoSpec, variant: str, compute_capability: str) -> dict[str, Any]:
     return {
         "variant": variant,
+        "stem": spec.stem,
         "compute_capability": compute_capability,
         "profiles": engine_shapes(spec, settings),
         "tf32": settings.tf32,

@@ -11,6 +11,7 @@ import torch
 import transformers as hf
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
+from export.bench_inputs import quality_batches
 from export.io_spec import read_spec
 from export.to_onnx import export_graph, load_model
 
@@ -200,3 +201,41 @@ def documents() -> list[np.ndarray]:
     tokenizer = build_tokenizer()
     texts = [_TEXT * repeats + f"# {repeats}\n" for repeats in (1, 3, 9)]
     return [np.asarray(tokenizer(text, add_special_tokens=False)["input_ids"], dtype=np.int64) for text in texts]
+
+
+@pytest.fixture(scope="session")
+def pieces(documents) -> list[np.ndarray]:
+    """Short documents of unequal lengths, so that batches of them are padded."""
+    text, random = np.concatenate(documents), np.random.default_rng(0)
+    ends = random.integers(8, 20, size=len(text) // 16).cumsum()
+    return [piece for piece in np.split(text, ends) if len(piece) >= 8]
+
+
+@pytest.fixture(scope="session")
+def trained_pair(pieces, tmp_path_factory) -> Callable[[str], Path]:
+    """Gives the folder of a tiny encoder-decoder that learnt the documents' text, the later half of a row from the
+    earlier: random weights have no quality that a fault could cost."""
+    root = tmp_path_factory.mktemp("trained")
+
+    def give(name: str) -> Path:
+        folder = root / name
+        if not folder.exists():
+            model = build_model(name, 1)
+            build_tokenizer().save_pretrained(folder)
+            model.save_pretrained(folder)
+            batches = quality_batches(pieces, read_spec(folder), folder, 16, 40, seed=0)
+            learn(model.train(), batches, steps=150)
+            model.eval().save_pretrained(folder)
+        return folder
+
+    return give
+
+
+def learn(model: torch.nn.Module, batches: list[dict[str, np.ndarray]], steps: int) -> None:
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    torch.manual_seed(0)
+    for step in range(steps):
+        batch = {key: torch.from_numpy(value) for key, value in batches[step % len(batches)].items()}
+        model(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
