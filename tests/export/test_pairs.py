@@ -1,6 +1,8 @@
 """What encoder-decoders are for: the perplexity of a text's later half, of both graphs together, and every fault that
 costs some of it is caught by the gate that should."""
 
+import shutil
+
 import numpy as np
 import onnx
 import pytest
@@ -10,36 +12,21 @@ from transformers import AutoModelForSeq2SeqLM
 
 from export import verify
 from export.bench_inputs import quality_batches
-from export.export import check_quality_gates, export_model
+from export.export import check_quality_gates
 from export.gates import Gates, TaskGate
 from export.io_spec import read_spec
 from export.runners import open_onnx, open_onnx_graphs, open_torch_pair
 from export.scores import score
 from export.verified import subjects
-from tests.export.test_parity import ignore_mask
-from trainer.artifact import read_artifact
-from trainer.config import Recipe
+from tests.export.conftest import PAIR_GATES
+from trainer.artifact import read_artifact, write_json
 from trainer.errors import GateFailed, UserError
 from trainer.export_config import Export
 
-NAMES = ("t5", "mt5", "bart")
-QUALITY = {"sequences": 40, "sequence_length": 16, "share": 0.98}
-# int8 of models this small is far off at some positions; what it keeps of the quality is what is held here.
-SETTINGS = Export.model_validate(
-    {"variants": ["fp32", "int8"], "quality": QUALITY, "parity": {"shapes": [[3, 9]],
-     "int8": {"relative_rms": 0.4, "min_top1": 0.0}}}
-)  # fmt: skip
-ANYTHING = SETTINGS.model_copy(
-    update={"parity": Export.model_validate({"parity": {"fp32": {"relative_rms": 1e3, "max_abs": None, "min_top1": 0.0},
-                                                        "shapes": [[3, 9]]}}).parity}
-)  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def exported(trained_pair, pieces, tmp_path_factory):
-    """Export folders past both gates."""
-    recipe = Recipe(run_dir=tmp_path_factory.mktemp("pairs"))
-    return {name: export_model(recipe, SETTINGS, name, trained_pair(name), pieces) for name in NAMES}
+NAMES = ("t5", "bart")
+SETTINGS = Export.model_validate(PAIR_GATES)
+_LOOSE = {"fp32": {"relative_rms": 1e3, "max_abs": None, "min_top1": 0.0}, "shapes": [[3, 9]]}
+ANYTHING = Export.model_validate(PAIR_GATES | {"parity": _LOOSE})
 
 
 def test_rows_are_split_in_the_middle(model_folder, documents):
@@ -76,64 +63,83 @@ def test_perplexity_is_that_of_the_models_own_loss(name, trained_pair, pieces):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_each_form_is_held_by_both_gates(name, exported):
-    evidence = {proof["what"]: proof for proof in read_artifact(exported[name])["evidence"]}
+def test_each_form_is_held_by_both_gates(name, exported_pair):
+    evidence = {proof["what"]: proof for proof in read_artifact(exported_pair(name))["evidence"]}
     assert list(evidence) == [f"{what}_{form}" for form in ("fp32", "int8")
                               for what in ("encoder_parity", "parity", "quality")]  # fmt: skip
     exact, rounded = evidence["quality_fp32"], evidence["quality_int8"]
     assert exact["metrics"]["kept"] == pytest.approx(1.0, abs=1e-4) and exact["metrics"]["metric"] == "perplexity"
     assert exact["metrics"]["kept_low"] <= 1 <= exact["metrics"]["kept_high"] + 1e-6
-    assert exact["thresholds"] == {"share": 0.98} and exact["metrics"]["sequences"] == 40
-    assert rounded["metrics"]["kept"] >= 0.98
+    assert exact["thresholds"] == {"share": 0.95} and exact["metrics"]["sequences"] == 40
+    assert rounded["metrics"]["kept"] >= 0.95
     assert rounded["file"] == "decoder_with_past_model_quantized.onnx"
     assert rounded["encoder"]["sha256"] == evidence["encoder_parity_int8"]["sha256"]
 
 
-def scale(graph, part, factor):
-    weight = next(one for one in graph.initializer if part in one.name)
-    weight.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(weight) * np.float32(factor), weight.name))
-
-
-CROSS = {"t5": "EncDecAttention.o.weight", "mt5": "EncDecAttention.o.weight", "bart": "encoder_attn.out_proj.weight"}
-
-
-def cross_weight(name, graph):
+def cross_weight(graph):
     """The initializer that the output projection of the first layer's cross-attention reads, whatever it is called."""
     node = next(node for node in graph.node for key in ("EncDecAttention/o", "encoder_attn/out_proj")
                 if node.op_type == "MatMul" and key in str(node.metadata_props).replace(".", "/"))  # fmt: skip
     return next(one for one in graph.initializer if one.name in node.input)
 
 
-FAULTS = {
-    "a cross-attention weight moved": ("decoder_with_past_model.onnx", "moved"),
-    "encoder mask ignored by the decoder": ("decoder_with_past_model.onnx", "encoder_attention_mask"),
-    "encoder mask ignored by the encoder": ("encoder_model.onnx", "attention_mask"),
-}
-
-
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("fault", FAULTS)
-def test_a_fault_is_caught_by_tensors_and_by_the_task(name, fault, exported, trained_pair, pieces, tmp_path):
-    """The gate on tensors as it is; and, where its limits let everything pass, the one on quality."""
-    file, what = FAULTS[fault]
-    folder = trained_pair(name)
+def test_a_moved_cross_attention_weight_is_caught_by_both_gates(name, exported_pair, trained_pair, pieces, tmp_path):
+    """By tensors; and, where their limits let everything pass, by what the model is for. (An encoder's mask that is
+    ignored, of which rows without padding know nothing, is the tensors' matter: test_seq2seq.)"""
+    folder, exported = trained_pair(name), exported_pair(name)
     spec = read_spec(folder)
-    model = onnx.load(exported[name] / file)
-    if what == "moved":
-        weight = cross_weight(name, model.graph)
-        moved = np.roll(numpy_helper.to_array(weight), 1, axis=0)
-        weight.CopyFrom(numpy_helper.from_array(np.ascontiguousarray(moved), weight.name))
-    else:
-        ignore_mask(model.graph, what)
-    onnx.save(model, tmp_path / file)
-    part = next(part for part in spec.parts if part.file("fp32") == file)
+    faulty = tmp_path / spec.file("fp32")
+    model = onnx.load(exported / faulty.name)
+    weight = cross_weight(model.graph)
+    moved = np.ascontiguousarray(np.roll(numpy_helper.to_array(weight), 1, axis=0))
+    weight.CopyFrom(numpy_helper.from_array(moved, weight.name))
+    onnx.save(model, faulty)
+    gates = Gates(folder, spec, SETTINGS, pieces, seed=0)
     with pytest.raises(GateFailed, match=r"m: case .* output"):
-        Gates(folder, part, SETTINGS, pieces, seed=0).check(
-            "m", "fp32", tmp_path / file, open_onnx(tmp_path / file, 1)
-        )
-    loose = Gates(folder, part, ANYTHING, pieces, seed=0)
-    assert len(loose.check("m", "fp32", tmp_path / file, open_onnx(tmp_path / file, 1))) == 1
-    gate = TaskGate(folder, spec, ANYTHING, pieces, seed=0)
-    files = [tmp_path / one if one == file else exported[name] / one for one in spec.files("fp32")]
+        gates.check("m", "fp32", faulty, open_onnx(faulty, 1))
+    gates.settings = ANYTHING
+    assert [one["what"] for one in gates.check("m", "fp32", faulty, open_onnx(faulty, 1))] == ["parity_fp32"]
+    whole = TaskGate(folder, spec, ANYTHING, pieces, seed=0)
+    files = [exported / spec.files("fp32")[0], faulty]
     with pytest.raises(GateFailed, match=r"m: perplexity .* of its source's quality is kept"):
-        gate.check("m", "fp32", files, open_onnx_graphs(files, spec, 1))
+        whole.check("m", "fp32", files, open_onnx_graphs(files, spec, 1))
+
+
+def test_labelled_text_is_not_for_language_models(model_folder, capsys):
+    specs = {name: read_spec(model_folder(name)) for name in NAMES}
+    check_quality_gates(SETTINGS, specs)
+    assert capsys.readouterr().out == ""  # each has a gate on its quality
+    labelled = Export.model_validate(PAIR_GATES | {"quality": {"labelled": "rows.jsonl"}})
+    with pytest.raises(
+        UserError, match=r"(?s)models are of seq2seq_lm.*encoder-decoders too, are judged by their perp"
+    ):
+        check_quality_gates(labelled, specs)
+
+
+def test_what_was_exported_without_the_gate_on_quality_is_exported_again(exported_pair, trained_pair, tmp_path):
+    """As all encoder-decoders were, before there was one for them."""
+    shutil.copytree(exported_pair("t5"), tmp_path / "export" / "t5")
+    export = PAIR_GATES | {"models": {"t5": str(trained_pair("t5"))}}
+    recipe = Recipe.model_validate({"run_dir": tmp_path, "export": export})
+    (subject,) = subjects(recipe, "pack", ())
+    assert [file.name for file in subject.variants["int8"].files] == list(subject.spec.files("int8"))
+    record = read_artifact(tmp_path / "export" / "t5")
+    kept = [proof for proof in record["evidence"] if not proof["what"].startswith("quality")]
+    write_json(tmp_path / "export" / "t5" / "artifact.json", record | {"evidence": kept})
+    with pytest.raises(GateFailed, match="has not passed the export.quality of this recipe"):
+        subjects(recipe, "pack", ())
+
+
+def test_verify_holds_both_graphs_and_the_whole(exported_pair, trained_pair, pieces, monkeypatch, tmp_path):
+    """The two graphs of a form have a row each, and what they are for together has one."""
+    monkeypatch.setattr(verify, "load_documents", lambda recipe, model: pieces)
+    shutil.copytree(exported_pair("bart"), tmp_path / "export" / "bart")
+    folder, settings = trained_pair("bart"), Export.model_validate(PAIR_GATES | {"variants": "auto"})
+    rows = list(verify.verify_model(Recipe(run_dir=tmp_path), settings, "bart", folder, bisect=False))
+    spec = read_spec(folder)
+    assert [(row["variant"], row["file"], row["passed"], row["exported"]) for row in rows] == [
+        *((form, part.file(form), True, True) for part in spec.parts for form in ("fp32", "int8")),
+        *((form, " and ".join(spec.files(form)), True, True) for form in ("fp32", "int8")),
+    ]
+    assert list(rows[-1]["found"]) == ["quality_int8"]
