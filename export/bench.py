@@ -244,7 +244,7 @@ def job_of(subject: Subject, backend: Backend, settings: Bench, threads: int) ->
         # torch.compile compiles anew for lengths of the cache: minutes, of which no figure would speak
         prompts=0 if backend == "compile" else len(prompts_of(settings, subject.spec)),
         new_tokens=settings.decode.new_tokens if settings.decode else 0,
-        paired=subject.spec.encoder is not None,
+        pair=asdict(subject.spec) if subject.spec.encoder else None,
     )
 
 

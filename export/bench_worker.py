@@ -56,8 +56,9 @@ class Job:
     audited: bool
     prompts: int
     new_tokens: int
-    paired: bool = False
-    """An encoder-decoder: a cell's call is the encoder's and the decoder's first step."""
+    pair: dict[str, Any] | None = None
+    """The face of an encoder-decoder, as `asdict` has it: a cell's call is the encoder's and the decoder's first step.
+    Reading it from the folder would load transformers and torch into this process, whose memory is measured."""
 
     @staticmethod
     def read(path: Path) -> "Job":
@@ -208,8 +209,7 @@ def peak_memory_mib() -> float | None:
 
 
 def _pair_spec(job: Job) -> IoSpec | None:
-    """The face of an encoder-decoder; other runners need none, and reading it imports transformers."""
-    return read_spec(Path(job.folder)) if job.paired else None
+    return IoSpec.of_record(job.pair) if job.pair else None
 
 
 def _named(arrays: Mapping[str, np.ndarray], prefix: str) -> Inputs:

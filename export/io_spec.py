@@ -139,6 +139,17 @@ class IoSpec:
         """What the names of evidence begin with: `encoder_` for that graph of an encoder-decoder."""
         return "encoder_" if self.cross and not self.encoder else ""
 
+    @staticmethod
+    def of_record(record: Mapping[str, Any]) -> "IoSpec":
+        """The face that `dataclasses.asdict` made a record of, also where it went through JSON; it needs no model."""
+        ports = {
+            which: tuple(Port(one["name"], one["dtype"], tuple(one["axes"])) for one in record[which])
+            for which in ("inputs", "outputs")
+        }
+        caches = {which: CacheLayout(**record[which]) if record[which] else None for which in ("cache", "cross")}
+        encoder = IoSpec.of_record(record["encoder"]) if record["encoder"] else None
+        return IoSpec(**{**record, **ports, **caches, "encoder": encoder})
+
     def file(self, variant: Precision) -> str:
         """Name of the graph's file in one form."""
         (name,) = graph_files([self.stem], f"onnx_{variant}")

@@ -92,13 +92,13 @@ def open_runner(
 
     Raises UserError where the folder lacks the backend's file, or the backend is not installed as asked.
     """
-    paired = spec is not None and spec.encoder is not None
-    if backend in ONNX_FILES and paired:
+    pair = spec if spec and spec.encoder else None
+    if backend in ONNX_FILES and pair:
         files = [folder / file for file in graph_files(PAIR_STEMS, backend)]
-        return open_onnx_graphs(files, spec, threads, provider)
+        return open_onnx_graphs(files, pair, threads, provider)
     if backend in ONNX_FILES:
         return open_onnx(folder / ONNX_FILES[backend], threads, provider)
-    open_it = open_torch_pair if paired else open_torch
+    open_it = open_torch_pair if pair else open_torch
     return open_it(folder, threads, backend == "compile", "cpu" if provider == CPU_PROVIDER else "cuda")
 
 
@@ -111,7 +111,10 @@ def open_onnx_graphs(
 
 def together(graphs: "Sequence[Runner]", spec: IoSpec) -> "Runner | Pair":
     """The runner of a model's graphs: of one that one itself."""
-    return graphs[0] if spec.encoder is None else Pair(*graphs, spec)
+    if spec.encoder is None:
+        return graphs[0]
+    encoder, decoder = graphs
+    return Pair(encoder, decoder, spec)
 
 
 def open_onnx(path: Path, threads: int, provider: str = CPU_PROVIDER, profile: Path | None = None) -> OnnxRunner:

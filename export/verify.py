@@ -61,8 +61,8 @@ def verify_model(recipe: Recipe, settings: Export, name: str, folder: Path, bise
             gate = TaskGate(folder, spec, settings, documents, recipe.seed)
             for variant in variants:
                 files = [_form(exported, Path(scratch), file) for file in spec.files(variant)]
-                row = {"model": name, "variant": variant, "file": " and ".join(file.name for file in files)}
-                row["exported"] = all(file.parent == exported for file in files)
+                names, are_there = (file.name for file in files), (file.parent == exported for file in files)
+                row = {"model": name, "variant": variant, "file": " and ".join(names), "exported": all(are_there)}
                 yield row | _held(functools.partial(_check_whole, settings, name, spec, gate, variant, files))
 
 
@@ -85,7 +85,7 @@ def _verify_graph(
 ) -> Iterator[dict[str, Any]]:  # fmt: skip
     spec = gates.spec
     raw = scratch / spec.file("fp32")
-    wanted = {variant: exported / spec.file(variant) for variant in variants}
+    wanted: dict[Precision, Path] = {variant: exported / spec.file(variant) for variant in variants}
     if bisect or not all(file.is_file() for file in wanted.values()):
         export_graph(load_model(folder, spec), spec, raw, settings.opset)
     for variant, named in wanted.items():
