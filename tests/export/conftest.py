@@ -1,7 +1,9 @@
 """Tiny models of every supported architecture, with a tokenizer, built from configs: weights large enough that every
 layer, position and mask shows in the logits."""
 
+import contextlib
 import shutil
+import socket
 from collections.abc import Callable
 from pathlib import Path
 
@@ -193,6 +195,38 @@ def packed(exported_folder, model_folder, tmp_path_factory) -> Path:
     export = GATES | {"models": {name: str(model_folder(name)) for name in PACKED}}
     pack.run(Recipe.model_validate({"run_dir": root, "export": export, "pack": {"variant": "fp32", "top_k": 3}}))
     return root / "pack"
+
+
+@pytest.fixture(scope="session")
+def builder():
+    """TensorRT-RTX, which builds engines without a GPU."""
+    from export.to_tensorrt import Builder
+
+    pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed: pip install '.[rtx]'")
+    return Builder("tensorrt_rtx")
+
+
+@pytest.fixture(scope="session")
+def environment(tmp_path_factory) -> Path:
+    """Where the Triton server is installed: about ten seconds, from the package index."""
+    from export import serve
+    from export.triton_image import triton_image
+    from trainer.errors import UserError
+
+    folder = tmp_path_factory.mktemp("serve") / "environment"
+    try:
+        serve.ensure_environment(folder, triton_image())
+    except UserError as problem:
+        pytest.skip(f"no Triton server: {str(problem).splitlines()[0]}")
+    return folder
+
+
+def free_ports() -> list[int]:
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(3)]
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        return [one.getsockname()[1] for one in sockets]
 
 
 @pytest.fixture(scope="session")
