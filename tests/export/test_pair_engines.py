@@ -1,5 +1,5 @@
-"""Engines of encoder-decoders, by TensorRT-RTX without a GPU: both graphs, profiles with free batch, text and past, layers
-read back, manifests that name both, and the proof that runs where a GPU is."""
+"""Engines of encoder-decoders, by TensorRT-RTX without a GPU: both graphs, profiles with free batch, text and past,
+layers read back, manifests that name both, and the proof that runs where a GPU is."""
 
 import re
 from dataclasses import replace
@@ -23,12 +23,11 @@ from export.tensorrt_runner import open_engine
 from export.to_tensorrt import build_engines, products, profile_shapes, prove
 from export.verified import Verified, examine
 from tests.export.conftest import MAX_LENGTH, PAIR_GATES
-from tests.export.test_tensorrt import HERE, SETTINGS, assert_profiles_are_in_the_engine, builder
+from tests.export.test_tensorrt import HERE, SETTINGS, assert_profiles_are_in_the_engine
 from trainer.artifact import hash_file, read_artifact
 from trainer.config import Recipe
 from trainer.errors import GateFailed, UserError
 
-__all__ = ["builder"]  # the fixture
 STEMS = ("encoder_model", "decoder_with_past_model")
 
 
