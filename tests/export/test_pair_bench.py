@@ -33,8 +33,16 @@ def recipe(exported_pair, trained_pair, pieces, monkeypatch, tmp_path):
     shutil.copytree(exported_pair("t5"), tmp_path / "export" / "t5")
 
     def make(**bench) -> Recipe:
-        section = {"backends": ["eager", "onnx_fp32", "onnx_int8"], "batch_sizes": [2], "sequence_lengths": [8, 70],
-                   "threads": 1, "window_s": 0.01, "max_windows": 3, "stability": 0.99, "quality_sequences": 40}  # fmt: skip
+        section = {
+            "backends": ["eager", "onnx_fp32", "onnx_int8"],
+            "batch_sizes": [2],
+            "sequence_lengths": [8, 70],
+            "threads": 1,
+            "window_s": 0.01,
+            "max_windows": 3,  # a busy machine is soon given up
+            "stability": 0.99,
+            "quality_sequences": 40,
+        }
         export = PAIR_GATES | {"models": {"t5": str(trained_pair("t5"))}}
         return Recipe.model_validate({"run_dir": tmp_path, "export": export, "bench": section | bench})
 

@@ -82,6 +82,7 @@ def test_the_stage_leaves_both_plans_each_of_which_names_the_other(recipe, build
 
 
 def test_both_graphs_in_fp16_multiply_in_fp16(builder, exported_pair, tmp_path):
+    """Also attention on a cache, which the layer reads in fp32 and casts itself."""
     folder = exported_pair("bart")
     for part in read_spec(folder).parts:
         graph = tmp_path / part.file("fp16")
@@ -124,7 +125,7 @@ def test_the_proof_runs_cases_that_a_profile_takes(recipe, exported_pair, traine
     form = subject.variants["fp32"]
     for part, graph in zip(subject.spec.parts, form.files, strict=True):
         found = prove(recipe, recipe.tensorrt, "t5", subject, part, form, graph)
-        assert found["metrics"]["max_abs"] == 0
+        assert found["metrics"]["max_abs"] < 1e-4
         told = {case["case"] for case in found["cases"]}
         if part.encoder:
             assert {"1x1 after 0 on 1", "1x1 after 20 on 13", "7x1 after 9 on 16"} <= told

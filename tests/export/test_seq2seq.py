@@ -25,7 +25,7 @@ from trainer.errors import GateFailed
 from trainer.export_config import Export, Parity
 
 NAMES = ("t5", "mt5", "bart")
-SEEDS = {"t5": 3, "bart": 1, "mt5": 2}  # of models whose texts are not one token for ever
+SEEDS = {"t5": 3, "bart": 1, "mt5": 3}  # of models whose texts are not one token for ever
 PROMPTS = [[7, 40, 41, 9], [30], [5, 6, 7, 8, 9, 200, 201, 202, 203]]
 NEW = 30
 # Random weights make near-ties of all logits, so that int8 is judged here by its error alone.
