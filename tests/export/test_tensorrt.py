@@ -37,12 +37,6 @@ SETTINGS = TensorRT(
 
 
 @pytest.fixture(scope="session")
-def builder() -> Builder:
-    pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed: pip install '.[rtx]'")
-    return Builder("tensorrt_rtx")
-
-
-@pytest.fixture(scope="session")
 def fp16_graph(raw_graph, tmp_path_factory):
     """Gives a tiny model's graph in fp16; inputs and outputs stay as they are."""
     root = tmp_path_factory.mktemp("fp16")
