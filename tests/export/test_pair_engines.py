@@ -10,19 +10,21 @@ import onnx
 import pytest
 import torch
 
-from export import to_tensorrt
+from export import rebuild, to_tensorrt
 from export.audit import audit, read_layers
 from export.engine_files import check_together, manifest_of, read_manifest, write_manifest
 from export.files import hashes
 from export.generate import Sampling, generate
 from export.io_spec import read_spec
 from export.precision import lower
-from export.rebuild import fitting_plan
-from export.runners import Pair, open_onnx, open_onnx_graphs
+from export.rebuild import fitting_plans, open_fitting
+from export.runners import Pair, open_onnx_graphs
 from export.tensorrt_runner import open_engine
-from export.to_tensorrt import build_engines, products, profile_shapes, prove
+from export.to_onnx import export_graph, load_model
+from export.to_tensorrt import build_engines, engine_shapes, products, profile_shapes, prove
 from export.verified import Verified, examine
 from tests.export.conftest import MAX_LENGTH, PAIR_GATES
+from tests.export.onnx_engine import runner_of
 from tests.export.test_tensorrt import HERE, SETTINGS, assert_profiles_are_in_the_engine
 from trainer.artifact import hash_file, read_artifact
 from trainer.config import Recipe
@@ -76,17 +78,85 @@ def test_the_stage_leaves_both_plans_each_of_which_names_the_other(recipe, build
     write_manifest(plans[0], HERE, exported_pair("t5") / "encoder_model.onnx", {"beside": [hashes(plans[1])]})
     with pytest.raises(UserError, match="decoder_with_past_model_fp32_sm89.plan was not built with this encoder_model"):
         check_together(plans)
-    elsewhere = replace(HERE, library="tensorrt_rtx", compute_capability=None)
-    with pytest.raises(UserError, match="here is no GPU"):  # what is built in its place is named after the graph, too
-        fitting_plan(plans[1], exported_pair("t5") / "decoder_with_past_model.onnx", elsewhere)
+    with pytest.raises(UserError, match="decoder_with_past_model_fp32_sm89.plan was not built with this encoder_model"):
+        fitting_plans(recipe.stage_dir("export") / "t5", "fp32", HERE)
 
 
-def test_both_graphs_in_fp16_multiply_in_fp16(builder, exported_pair, tmp_path):
+@pytest.fixture
+def place(builder, monkeypatch):
+    """The GPU that is said to be here; ONNX Runtime stands in for it."""
+    here = replace(builder.place, compute_capability="8.9", gpu="NVIDIA L40S", driver="580.0")
+    monkeypatch.setattr(rebuild, "this_place", lambda name, library: here)
+    monkeypatch.setattr(rebuild, "gpus", lambda: [{"name": here.gpu, "compute_capability": "8.9"}])
+    return here
+
+
+def runs_as(monkeypatch, exported: Path, **instead: Path) -> None:
+    """Plans compute what the graphs of `exported` do, or the files of `instead`, by stem."""
+
+    def open_engine(plan, spec, onnx=None, cuda_graphs=False):
+        graph = instead.get(spec.stem, exported / spec.file("fp32"))
+        return runner_of(graph, spec, read_manifest(plan)["profiles"])
+
+    monkeypatch.setattr(rebuild, "open_engine", open_engine)
+
+
+def test_the_loader_opens_both_which_write_their_graphs_text(recipe, place, monkeypatch):
+    """Each held against its own graph first, once; the decoder's steps are of one token."""
+    to_tensorrt.run(recipe)
+    exported = recipe.stage_dir("export") / "t5"
+    runs_as(monkeypatch, exported)
+    opened, spec = open_fitting(exported, "fp32"), read_spec(exported)
+    evidence = read_artifact(recipe.stage_dir("tensorrt") / "t5", "engines")["evidence"]
+    found = {entry["what"]: entry["metrics"] for entry in evidence if "parity_" in entry["what"]}
+    assert set(found) == {"encoder_parity_fp32_8.9", "parity_fp32_8.9"}
+    assert all(metrics["max_abs"] < 1e-4 and metrics["cases"] > 1 for metrics in found.values())
+    assert [one.parity for one in fitting_plans(exported, "fp32", place)] == list(found.values())
+    prompts, settings = [[7, 40, 41, 9], [30, 31]], Sampling(20)
+    graphs = open_onnx_graphs([exported / file for file in spec.files("fp32")], spec, 1)
+    assert isinstance(opened, Pair)
+    assert generate(opened, spec, prompts, settings) == generate(graphs, spec, prompts, settings)
+
+
+@pytest.mark.parametrize("stem", STEMS)
+def test_the_loader_finds_other_numbers_in_either(stem, recipe, place, monkeypatch, tmp_path):
+    to_tensorrt.run(recipe)
+    exported = recipe.stage_dir("export") / "t5"
+    runs_as(monkeypatch, exported, **{stem: moved(exported / f"{stem}.onnx", tmp_path / "engine.onnx")})
+    with pytest.raises(GateFailed, match=f"{stem}_fp32_sm89.plan: case "):
+        open_fitting(exported, "fp32")
+
+
+def test_both_are_built_anew_for_another_place(recipe, place, monkeypatch):
+    """Each in a folder of its own: neither replaces the other."""
+    to_tensorrt.run(recipe)
+    exported, elsewhere = recipe.stage_dir("export") / "t5", replace(place, compute_capability="12.0")
+    monkeypatch.setattr(rebuild, "gpus", list)
+    found = fitting_plans(exported, "fp32", elsewhere)
+    assert [one.plan.name for one in found] == [f"{stem}_fp32_sm120.plan" for stem in STEMS]
+    assert all(one.plan.is_file() and "has 12.0" in one.instead for one in found)
+    assert [read_manifest(one.plan)["stem"] for one in found] == list(STEMS)
+    assert fitting_plans(exported, "fp32", elsewhere) == found
+    with pytest.raises(UserError, match="here is no GPU to build for"):
+        fitting_plans(exported, "fp32", replace(place, compute_capability=None, gpu=None))
+
+
+def moved(graph: Path, target: Path) -> Path:
+    """The graph with one matrix half as large again."""
+    model = onnx.load(graph)
+    weight = next(one for one in model.graph.initializer if len(one.dims) == 2)
+    weight.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(weight) * np.float32(1.5), weight.name))
+    onnx.save(model, target)
+    return target
+
+
+def test_both_graphs_in_fp16_multiply_in_fp16(builder, model_folder, tmp_path):
     """Also attention on a cache, which the layer reads in fp32 and casts itself."""
-    folder = exported_pair("bart")
+    folder = model_folder("bart")
     for part in read_spec(folder).parts:
-        graph = tmp_path / part.file("fp16")
-        lower(folder / part.file("fp32"), graph, "fp16", set())
+        raw, graph = tmp_path / part.file("fp32"), tmp_path / part.file("fp16")
+        export_graph(load_model(folder, part), part, raw, 18)
+        lower(raw, graph, "fp16", set())
         _, description = builder.build(graph, part, SETTINGS, "8.9")
         found = audit("bart", "fp16", read_layers(description), products(graph), 0.0)
         assert found["types"] == {"fp16": found["matrix_layers"]}
@@ -119,12 +189,13 @@ def feed_forward(graph: Path) -> set[str]:
 
 def test_the_proof_runs_cases_that_a_profile_takes(recipe, exported_pair, trained_pair, pieces, monkeypatch, tmp_path):
     """Where an engine runs, it is held to the fp32 graph in steps of one token; here a graph stands for the engine."""
+    engine_of = lambda plan, spec: runner_of(plan, spec, engine_shapes(spec, recipe.tensorrt))  # noqa: E731
     monkeypatch.setattr(to_tensorrt, "load_documents", lambda recipe, folder: pieces)
-    monkeypatch.setattr(to_tensorrt, "open_engine", lambda plan, spec, graph: open_onnx(plan, 1))
+    monkeypatch.setattr(to_tensorrt, "open_engine", lambda plan, spec, graph: engine_of(plan, spec))
     subject = examine("t5", exported_pair("t5"))
     form = subject.variants["fp32"]
     for part, graph in zip(subject.spec.parts, form.files, strict=True):
-        found = prove(recipe, recipe.tensorrt, "t5", subject, part, form, graph)
+        found = prove(recipe, "t5", subject, part, form, graph)
         assert found["metrics"]["max_abs"] < 1e-4
         told = {case["case"] for case in found["cases"]}
         if part.encoder:
@@ -132,12 +203,9 @@ def test_the_proof_runs_cases_that_a_profile_takes(recipe, exported_pair, traine
             assert not [case for case in told if re.match(r"\d+x[2-9]", case)]
         else:
             assert {"1x1", f"1x{32}"} & told and "3x9" in told
-    faulty = onnx.load(form.file)
-    weight = next(one for one in faulty.graph.initializer if len(one.dims) == 2)
-    weight.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(weight) * np.float32(1.5), weight.name))
-    onnx.save(faulty, tmp_path / "engine.onnx")
+    faulty = moved(form.file, tmp_path / "engine.onnx")
     with pytest.raises(GateFailed, match="t5: case "):
-        prove(recipe, recipe.tensorrt, "t5", subject, subject.spec, form, tmp_path / "engine.onnx")
+        prove(recipe, "t5", subject, subject.spec, form, faulty)
 
 
 @pytest.mark.gpu

@@ -27,7 +27,6 @@ from trainer.artifact import hash_file, read_artifact, write_artifact
 from trainer.config import Recipe
 from trainer.errors import GateFailed, UserError
 
-NAMES = ("t5", "bart")
 NEW = 12
 TEXTS = ["return first", "class Point:\n    x = 0\n    y", "def add(first, second):\n    return"]
 
@@ -46,31 +45,33 @@ def recipe_of(exported_pair, trained_pair):
     return make
 
 
+@pytest.fixture(scope="session", params=["t5", pytest.param("bart", marks=pytest.mark.slow)])
+def name(request) -> str:
+    return request.param
+
+
 @pytest.fixture(scope="session")
-def packed_pairs(recipe_of, tmp_path_factory) -> Path:
+def packed_pairs(name, recipe_of, tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("packing_pairs")
-    pack.run(recipe_of(root, *NAMES))
+    pack.run(recipe_of(root, name))
     return root / "pack"
 
 
 @pytest.fixture(scope="session")
-def expected(trained_pair) -> dict[str, list[str]]:
-    """What transformers writes to each text, by name."""
-    tokenizer, found = build_tokenizer(), {}
-    for name in NAMES:
-        model = AutoModelForSeq2SeqLM.from_pretrained(trained_pair(name), dtype=torch.float32).eval()
-        found[name] = []
-        for text in TEXTS:
-            ids = torch.tensor([tokenizer(text)["input_ids"]])
-            rows = model.generate(
-                ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW, do_sample=False, num_beams=1
-            )
-            found[name].append(tokenizer.decode(rows[0, 1:], skip_special_tokens=True))
-        assert len(set(found[name])) == len(TEXTS)
+def expected(name, trained_pair) -> list[str]:
+    """What transformers writes to each text."""
+    tokenizer, found = build_tokenizer(), []
+    model = AutoModelForSeq2SeqLM.from_pretrained(trained_pair(name), dtype=torch.float32).eval()
+    for text in TEXTS:
+        ids = torch.tensor([tokenizer(text)["input_ids"]])
+        rows = model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW, do_sample=False, num_beams=1
+        )
+        found.append(tokenizer.decode(rows[0, 1:], skip_special_tokens=True))
+    assert len(set(found)) == len(TEXTS)
     return found
 
 
-@pytest.mark.parametrize("name", NAMES)
 def test_the_repository_holds_both_verified_graphs(name, packed_pairs, exported_pair):
     packed = packed_pairs / name
     exported, record = read_artifact(exported_pair(name)), read_artifact(packed, "packed")
@@ -163,7 +164,6 @@ def server(monkeypatch):
     return start
 
 
-@pytest.mark.parametrize("name", NAMES)
 def test_the_answer_is_the_text_that_transformers_generates(name, packed_pairs, expected, server):
     """Three unequal texts in one request: one call of the decoder for each token, of all of them."""
     seen = server(packed_pairs, name)
@@ -173,7 +173,7 @@ def test_the_answer_is_the_text_that_transformers_generates(name, packed_pairs, 
     outputs = encoder.run(None, {port.name: tensors[port.name] for port in encoder.get_inputs()})
     tensors |= dict(zip((port.name for port in encoder.get_outputs()), outputs, strict=True))
     answers = [json.loads(one) for one in call(models / f"{name}_answer", tensors)["ANSWER"][:, 0]]
-    assert answers == [[{"generated_text": text}] for text in expected[name]]
+    assert answers == [[{"generated_text": text}] for text in expected]
     assert 1 < len(seen) <= NEW and set(seen) == {(f"{name}_decoder", (3, 1))}
     with pytest.raises(RuntimeError, match=f"{name}_decoder: "):  # the decoder's own words
         call(models / f"{name}_answer", tensors | {"present.0.encoder.key": tensors["present.0.encoder.key"][:, :, 1:]})
@@ -240,16 +240,15 @@ def test_both_engines_are_packed(engines, tmp_path):
 
 
 @pytest.fixture(scope="session")
-def clients(packed_pairs, environment, tmp_path_factory):
-    """Clients of one server that has both packed models: (protocol's client, its module); and the packed client."""
+def clients(name, packed_pairs, environment, tmp_path_factory):
+    """Clients of one server that has the packed model: (protocol's client, its module); and the packed client."""
     http_module = pytest.importorskip("tritonclient.http", reason="tritonclient[http] is not installed")
     grpc_module = pytest.importorskip("tritonclient.grpc", reason="tritonclient[grpc] is not installed")
-    spec = importlib.util.spec_from_file_location("client", packed_pairs / "t5" / "client.py")
+    spec = importlib.util.spec_from_file_location("client", packed_pairs / name / "client.py")
     client = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(client)
     scratch = tmp_path_factory.mktemp("pair_server")
-    for name in NAMES:
-        shutil.copytree(packed_pairs / name / "models", scratch / "all" / "models", dirs_exist_ok=True)
+    shutil.copytree(packed_pairs / name / "models", scratch / "all" / "models")
     http, grpc, metrics = free_ports()
     site = serve.ensure_environment(environment, triton_image())
     with serve.serving(scratch / "all", site, serve.Endpoints("127.0.0.1", http, grpc, metrics), scratch):
@@ -262,11 +261,10 @@ def clients(packed_pairs, environment, tmp_path_factory):
             each.close()  # the server waits for open connections as it stops
 
 
-@pytest.mark.parametrize("name", NAMES)
 def test_a_real_server_answers_with_the_text_that_transformers_generates(name, clients, expected):
     """Over both protocols, in one request of unequal texts, one by one, and eight requests at once."""
     pairs, client = clients
-    answers = [[{"generated_text": text}] for text in expected[name]]
+    answers = [[{"generated_text": text}] for text in expected]
     for each in pairs:
         assert client.ask(*each, TEXTS, f"{name}_text") == answers
         assert [client.ask(*each, [text], f"{name}_text")[0] for text in TEXTS] == answers

@@ -17,6 +17,7 @@ from export.gates import Gates, TaskGate
 from export.io_spec import read_spec
 from export.runners import open_onnx, open_onnx_graphs, open_torch_pair
 from export.scores import score
+from export.variants import check_variants
 from export.verified import subjects
 from tests.export.conftest import PAIR_GATES
 from trainer.artifact import read_artifact, write_json
@@ -24,7 +25,7 @@ from trainer.config import Recipe
 from trainer.errors import GateFailed, UserError
 from trainer.export_config import Export
 
-NAMES = ("t5", "bart")
+NAMES = ("t5", pytest.param("bart", marks=pytest.mark.slow))
 SETTINGS = Export.model_validate(PAIR_GATES)
 _LOOSE = {"fp32": {"relative_rms": 1e3, "max_abs": None, "min_top1": 0.0}, "shapes": [[3, 9]]}
 ANYTHING = Export.model_validate(PAIR_GATES | {"parity": _LOOSE})
@@ -96,7 +97,7 @@ def test_a_moved_cross_attention_weight_is_caught_by_both_gates(name, exported_p
     moved = np.ascontiguousarray(np.roll(numpy_helper.to_array(weight), 1, axis=0))
     weight.CopyFrom(numpy_helper.from_array(moved, weight.name))
     onnx.save(model, faulty)
-    gates = Gates(folder, spec, SETTINGS, pieces, seed=0)
+    gates = Gates(folder, spec, SETTINGS, pieces, lambda needed: pieces, seed=0)
     with pytest.raises(GateFailed, match=r"m: case .* output"):
         gates.check("m", "fp32", faulty, open_onnx(faulty, 1))
     gates.settings = ANYTHING
@@ -105,6 +106,14 @@ def test_a_moved_cross_attention_weight_is_caught_by_both_gates(name, exported_p
     files = [exported / spec.files("fp32")[0], faulty]
     with pytest.raises(GateFailed, match=r"m: perplexity .* of its source's quality is kept"):
         whole.check("m", "fp32", files, open_onnx_graphs(files, spec, 1))
+
+
+def test_fp8_is_refused_by_name(model_folder):
+    """Before anything is made: ranges of a cache that a product reads directly are not measured."""
+    settings = Export.model_validate({"variants": ["fp8"], "opset": 20})
+    with pytest.raises(UserError, match=r"there is no fp8 of m, a T5ForConditionalGeneration\n.*a model of one graph"):
+        check_variants("m", read_spec(model_folder("t5")), settings)
+    check_variants("m", read_spec(model_folder("gpt2")), settings)
 
 
 def test_labelled_text_is_not_for_language_models(model_folder, capsys):
