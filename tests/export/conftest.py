@@ -93,6 +93,11 @@ def _without(values: dict, key: str) -> dict:
     return {name: value for name, value in values.items() if name != key}
 
 
+def architectures(*slow: str) -> list:
+    """Names of all, those that say again what another one says among the slow tests."""
+    return [pytest.param(name, marks=pytest.mark.slow) if name in slow else name for name in CONFIGS]
+
+
 def build_model(name: str, seed: int = 0) -> torch.nn.Module:
     """A model whose weights are drawn anew and wide."""
     kind, config = (CONFIGS | PAIRS)[name]
