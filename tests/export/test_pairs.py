@@ -142,9 +142,9 @@ def test_what_was_exported_without_the_gate_on_quality_is_exported_again(exporte
 def test_verify_holds_both_graphs_and_the_whole(exported_pair, trained_pair, pieces, monkeypatch, tmp_path):
     """The two graphs of a form have a row each, and what they are for together has one."""
     monkeypatch.setattr(verify, "load_documents", lambda recipe, model: pieces)
-    shutil.copytree(exported_pair("bart"), tmp_path / "export" / "bart")
-    folder, settings = trained_pair("bart"), Export.model_validate(PAIR_GATES | {"variants": "auto"})
-    rows = list(verify.verify_model(Recipe(run_dir=tmp_path), settings, "bart", folder, bisect=False))
+    shutil.copytree(exported_pair("t5"), tmp_path / "export" / "t5")
+    folder, settings = trained_pair("t5"), Export.model_validate(PAIR_GATES | {"variants": "auto"})
+    rows = list(verify.verify_model(Recipe(run_dir=tmp_path), settings, "t5", folder, bisect=False))
     spec = read_spec(folder)
     assert [(row["variant"], row["file"], row["passed"], row["exported"]) for row in rows] == [
         *((form, part.file(form), True, True) for part in spec.parts for form in ("fp32", "int8")),
