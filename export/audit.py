@@ -14,9 +14,12 @@ from trainer.errors import GateFailed
 
 # Layers that multiply matrices, as TensorRT-RTX 1.7 was seen to name them and TensorRT's documentation does: by kind
 # (`runtime_fusion` is a product with what follows it), and fused attention, which is of kind kgen, by name. The others
-# (kgen, shape_call, shuffle …) move and add.
+# (kgen, shape_call, shuffle …) move and add. `gemv_mha` is attention of a single new token.
 _MATRIX_KINDS = re.compile(r"gemm|matrix|fc|conv|fusion|mha|attention", re.IGNORECASE)
-_MATRIX_NAMES = re.compile(r"_+(gemm|mha|myl_Fc)")
+_MATRIX_NAMES = re.compile(r"_+(gemm|gemv|mha|myl_Fc)")
+# A cache is fp32 at the graph's face in every form. A layer of attention that reads it directly holds the graph's cast
+# of it, too, so that the cache's type tells nothing of the product's.
+_CACHE = re.compile(r"past_key_values\.\d+\.(\w+\.)?(key|value)( \[profile \d+\])?")
 # The library's names of types, in either spelling, to ours.
 _TYPES = {
     "float": "fp32",
@@ -49,7 +52,9 @@ _LINE = re.compile(
     r"^\s*Name: (?P<name>.+?), LayerType: (?P<kind>\w+), Inputs: \[(?P<inputs>.*?)\]"
     r"(?:, Constants: \[(?P<constants>.*?)\])?, Outputs: \[.*?\], (?P<rest>(?:TacticName|ParameterType|StreamId).*)$"
 )
-_TENSOR = re.compile(r"Dimensions: \[(?P<dims>[-\d,]*)\].*?(?:Format/)?Datatype: (?P<type>[^,}]+)")
+_TENSOR = re.compile(
+    r"Name: (?P<name>[^,]*),[^{}]*?Dimensions: \[(?P<dims>[-\d,]*)\][^{}]*?(?:Format/)?Datatype: (?P<type>[^,}]+)"
+)
 
 
 @dataclass(frozen=True)
@@ -58,6 +63,7 @@ class Operand:
 
     dims: tuple[int, ...]
     type: str
+    is_cache: bool = False
 
     @property
     def is_matrix(self) -> bool:
@@ -85,7 +91,9 @@ class Layer:
     @property
     def types(self) -> set[str]:
         """Types of what is multiplied: the weights, or of two activations both. A mask or an index is no factor."""
-        return {one.type for one in self.weights or self.inputs} - {"bool", "int32", "int64"}
+        factors = self.weights or self.inputs
+        telling = [one for one in factors if not one.is_cache] or factors
+        return {one.type for one in telling} - {"bool", "int32", "int64"}
 
 
 def read_layers(text: str) -> list[Layer]:
@@ -151,4 +159,5 @@ def _operands(text: str) -> Iterator[Operand]:
         words = re.findall(r"[a-z0-9]+", one["type"].lower())  # "Half", or "Row major linear FP16 format"
         known = [_TYPES[word] for word in words if word in _TYPES]
         dims = tuple(int(axis) for axis in one["dims"].split(",") if axis)
-        yield Operand(dims, known[0] if known else "+".join(words))
+        is_cache = bool(_CACHE.fullmatch(one["name"]))
+        yield Operand(dims, known[0] if known else "+".join(words), is_cache)

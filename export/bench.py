@@ -3,8 +3,10 @@ Timing is `windows`' and `bench_worker`'s; this module decides what may be measu
 """
 
 import contextlib
+import functools
 import itertools
 import json
+import operator
 import os
 import platform
 import shutil
@@ -26,7 +28,7 @@ from export.bench_table import show
 from export.bench_worker import Job
 from export.cases import load_documents
 from export.files import is_the_one, size_mib
-from export.io_spec import IoSpec, read_spec
+from export.io_spec import IoSpec, graph_files, read_spec
 from export.load import run_load, write_requests
 from export.load_worker import Service
 from export.noise import compare
@@ -112,8 +114,6 @@ def run(recipe: Recipe) -> None:
 def prepare_subject(recipe: Recipe, settings: Bench, name: str, model: Path, scratch: Path) -> Subject:
     """Check one model and write the arrays it is measured on; UserError for a length that it cannot take."""
     spec = read_spec(model)
-    if spec.encoder is not None:
-        raise UserError(f"{name} is a {spec.architecture}", "a model of one graph to measure", "leave bench out for it")
     longest = max(settings.sequence_lengths)
     _check_lengths(settings, spec, name)
     documents = load_documents(recipe, model)
@@ -249,6 +249,7 @@ def job_of(subject: Subject, backend: Backend, settings: Bench, threads: int) ->
         # torch.compile compiles anew for lengths of the cache: minutes, of which no figure would speak
         prompts=0 if backend == "compile" else len(prompts_of(settings, subject.spec)),
         new_tokens=settings.decode.new_tokens if settings.decode else 0,
+        pair=asdict(subject.spec) if subject.spec.encoder else None,
     )
 
 
@@ -291,11 +292,27 @@ def refusal(subject: Subject, backend: Backend) -> str:
     graph = f"onnx_{ENGINES[backend]}" if backend in ENGINES else backend
     if graph not in ONNX_FILES:
         return ""
-    file = subject.exported / ONNX_FILES[graph]
+    if backend in ENGINES and subject.spec.encoder:
+        return (
+            "engines of an encoder-decoder are not measured: quality is of whole texts, its decoder's takes one token"
+        )
+    variant = graph.removeprefix("onnx_")
+    names = [f"{part.prefix}parity_{variant}" for part in subject.spec.parts]
+    reasons = map(functools.partial(_unproven, subject), names, onnx_files(subject, graph))
+    return next(filter(None, reasons), "")
+
+
+def onnx_files(subject: Subject, backend: str) -> list[Path]:
+    """The graph files of a model in a backend of ONNX Runtime's."""
+    return [subject.exported / name for name in graph_files([part.stem for part in subject.spec.parts], backend)]
+
+
+def _unproven(subject: Subject, what: str, file: Path) -> str:
+    """Why a graph file must not be measured, or nothing; `what`: the name of its evidence."""
     if not (subject.exported / ARTIFACT_FILE).is_file() or not file.is_file():
         return f"{file.name} was not exported"
     record = read_artifact(subject.exported, "onnx")
-    proofs = [proof for proof in record["evidence"] if proof["what"] == f"parity_{graph.removeprefix('onnx_')}"]
+    proofs = [proof for proof in record["evidence"] if proof["what"] == what]
     if not proofs:
         return f"no parity evidence for {file.name}"
     if not is_the_one(proofs[0], file):
@@ -309,8 +326,8 @@ def file_mib(subject: Subject, backend: Backend) -> float | None:
     """Size of what the backend loads; None where it is not there."""
     if backend not in ONNX_FILES:
         return _weights_mib(subject.model)
-    file = subject.exported / ONNX_FILES[backend]
-    return size_mib(file) if file.is_file() else None
+    files = onnx_files(subject, backend)
+    return sum(map(size_mib, files)) if all(file.is_file() for file in files) else None
 
 
 def count_parameters(model: Path) -> int | None:
@@ -349,11 +366,12 @@ def describe_machine(threads: int) -> dict[str, Any]:
 def _check_lengths(settings: Bench, spec: IoSpec, name: str) -> None:
     """UserError for a key that asks for more tokens than the model takes."""
     longest = max(settings.sequence_lengths)
+    together = max if spec.encoder else operator.add  # a text and its answer have room of their own, or share it
     asked = {"bench.sequence_lengths has": longest}
     if settings.decode is not None and (prompts := prompts_of(settings, spec)):
-        asked["bench.decode takes"] = max(length for _, length in prompts) + settings.decode.new_tokens
+        asked["bench.decode takes"] = together(max(length for _, length in prompts), settings.decode.new_tokens)
     if settings.load is not None and spec.cache is not None:
-        asked["bench.load takes sequence_lengths and new_tokens,"] = longest + settings.load.new_tokens
+        asked["bench.load takes sequence_lengths and new_tokens,"] = together(longest, settings.load.new_tokens)
     for what, tokens in asked.items():
         if tokens > spec.max_length:
             raise UserError(f"{what} {tokens}", f"at most {spec.max_length}, what {name} takes", "shorten it")

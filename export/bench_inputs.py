@@ -12,13 +12,13 @@ import numpy as np
 
 from export.cases import Documents, full_rows
 from export.io_spec import IoSpec
+from export.scores import NOT_A_TARGET
 from trainer.errors import UserError
 from trainer.export_config import Bench, Lengths
 
-METRICS = {"masked_lm": "masked_accuracy", "causal_lm": "perplexity"}
+METRICS = {"masked_lm": "masked_accuracy", "causal_lm": "perplexity", "seq2seq_lm": "perplexity"}
 _QUALITY_BATCH = 8
 _MASKED_SHARE = 0.15  # BERT's (Devlin et al. 2019); all targets become [MASK], which leaves nothing else to chance
-_NOT_A_TARGET = -100
 _MIN_ROW_TOKENS = 8  # shorter pieces of text give hardly any context to predict from
 
 
@@ -51,9 +51,9 @@ def speed_arrays(documents: Documents, spec: IoSpec, cells: Sequence[Cell], seed
     arrays = {}
     for index, cell in enumerate(cells):
         if cell.lengths == "full":
-            inputs = full_rows(documents, spec, cell.batch_size, cell.sequence_length).inputs
+            inputs = full_rows(documents, spec.reader, cell.batch_size, cell.sequence_length).inputs
         else:
-            inputs = pad_to_longest(spec, draw_documents(documents, cell.batch_size, cell.sequence_length, seed))
+            inputs = pad_to_longest(spec.reader, draw_documents(documents, cell.batch_size, cell.sequence_length, seed))
         arrays |= {f"cell{index}|{name}": value for name, value in inputs.items()}
     return arrays
 
@@ -63,14 +63,15 @@ def prompts_of(settings: Bench, spec: IoSpec) -> list[tuple[int, int]]:
     decode = settings.decode
     if decode is None or spec.cache is None:
         return []
-    fitting = [length for length in settings.sequence_lengths if length + decode.new_tokens <= spec.max_length]
+    new = 0 if spec.encoder else decode.new_tokens  # an encoder-decoder's text and its answer have room of their own
+    fitting = [length for length in settings.sequence_lengths if length + new <= spec.max_length]
     return [(batch, length) for length in decode.prompt_lengths or fitting for batch in settings.batch_sizes]
 
 
 def prompt_arrays(documents: Documents, spec: IoSpec, pairs: Sequence[tuple[int, int]]) -> dict[str, np.ndarray]:
     """`prompts<i>` for each pair: token ids [B, P] of real text."""
     return {
-        f"prompts{index}": full_rows(documents, spec, batch, length).inputs["input_ids"]
+        f"prompts{index}": full_rows(documents, spec.reader, batch, length).inputs["input_ids"]
         for index, (batch, length) in enumerate(pairs)
     }
 
@@ -93,8 +94,11 @@ def quality_batches(
     """Padded batches of up to `sequences` rows, each a piece of one document of at most `length` tokens.
 
     Masked LMs: 15 % of a row's tokens, at least one and none of them special, are masked; `labels` holds them.
+    Encoder-decoders: prefix language modelling (Raffel et al. 2020, section 3.2.1), split in the middle: the encoder
+    reads a row's first half, `labels` are the second, and the decoder reads these one place later (teacher forcing).
     """
-    rows = [row for _, row in zip(range(sequences), _pieces(documents, length), strict=False)]
+    pieces = (piece for piece in _pieces(documents, length) if len(piece) > 1 or spec.encoder is None)
+    rows = [row for _, row in zip(range(sequences), pieces, strict=False)]
     if not rows:
         raise UserError(
             "no document is long enough to measure quality on", f"{_MIN_ROW_TOKENS} tokens", "use more text"
@@ -104,11 +108,26 @@ def quality_batches(
     batches = []
     for first in range(0, len(rows), _QUALITY_BATCH):
         chunk = rows[first : first + _QUALITY_BATCH]
-        inputs = spec.pad(chunk, length)
+        inputs = _halved(spec, chunk, length) if spec.encoder else spec.pad(chunk, length)
         if masks is not None:
             inputs["labels"] = _mask(inputs["input_ids"], chunk, *masks, random)
         batches.append(inputs)
     return batches
+
+
+def _halved(spec: IoSpec, rows: Sequence[np.ndarray], length: int) -> dict[str, np.ndarray]:
+    """An encoder-decoder's batch: of each row the first half to encode and, as labels, the rest, padded on the right.
+
+    No special token is added: the text is cut from the middle of a document. The longer half is the second.
+    """
+    inputs = spec.reader.pad([row[: len(row) // 2] for row in rows], max(1, length // 2))
+    labels_BT = np.full((len(rows), length - length // 2), NOT_A_TARGET, dtype=np.int64)
+    for index, row in enumerate(rows):
+        labels_BT[index, : len(row) - len(row) // 2] = row[len(row) // 2 :]
+    read_BT = np.where(labels_BT == NOT_A_TARGET, spec.pad_id, labels_BT)
+    start_B1 = np.full((len(rows), 1), spec.start_id, dtype=np.int64)
+    shifted_BT = np.concatenate([start_B1, read_BT[:, :-1]], axis=1)
+    return inputs | {"decoder_input_ids": shifted_BT, "labels": labels_BT}
 
 
 def _pieces(documents: Documents, length: int) -> Iterator[np.ndarray]:
@@ -123,7 +142,7 @@ def _mask(
     ids_BT: np.ndarray, rows: Sequence[np.ndarray], mask_id: int, special: np.ndarray, random: np.random.Generator
 ) -> np.ndarray:
     """Mask tokens of `ids_BT` in place; returns the labels, with -100 where a token is no target."""
-    labels_BT = np.full_like(ids_BT, _NOT_A_TARGET)
+    labels_BT = np.full_like(ids_BT, NOT_A_TARGET)
     for index, row in enumerate(rows):
         allowed = np.flatnonzero(~np.isin(row, special))
         count = min(len(allowed), max(1, round(_MASKED_SHARE * len(row))))

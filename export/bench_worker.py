@@ -16,9 +16,9 @@ import numpy as np
 
 from export import energy
 from export.generate import Sampling, generate
-from export.io_spec import read_spec
-from export.provider_audit import audit
-from export.runners import CPU_PROVIDER, Runner, open_runner
+from export.io_spec import PAIR_STEMS, IoSpec, graph_files, read_spec
+from export.provider_audit import audit, sum_of
+from export.runners import CPU_PROVIDER, Pair, Runner, open_runner
 from export.scores import score
 from export.windows import (
     MIN_CPU_SHARE,
@@ -57,6 +57,9 @@ class Job:
     audited: bool
     prompts: int
     new_tokens: int
+    pair: dict[str, Any] | None = None
+    """The face of an encoder-decoder, as `asdict` has it: a cell's call is the encoder's and the decoder's first step.
+    Reading it from the folder would load transformers and torch into this process, whose memory is measured."""
 
     @staticmethod
     def read(path: Path) -> "Job":
@@ -75,7 +78,7 @@ def main(path: Path) -> None:
     counter, no_energy = (None, "") if job.provider == CPU_PROVIDER else energy.open_counter()
     rows = [measure_row(runner, inputs, job.settings, SystemClock(), counter) for inputs in cells]
     if job.backend == "compile":
-        check_compiled(runner, open_runner(folder, "eager", threads, job.provider), cells)
+        check_compiled(runner, open_runner(folder, "eager", threads, job.provider, _pair_spec(job)), cells)
     batches = [_named(arrays, f"quality{index}|") for index in range(job.quality_batches)]
     value = score(runner, batches, job.metric).value if job.metric else None
     prompts = [arrays[f"prompts{index}"] for index in range(job.prompts)]
@@ -83,26 +86,35 @@ def main(path: Path) -> None:
         measure_decode(runner, folder, ids_BP, job.new_tokens, job.settings, SystemClock(), counter)
         for ids_BP in prompts
     ]
+    graphs = graphs_of(job, runner, cells[0]) if job.audited else []
     del runner  # a device may have no room for two sessions
-    found = None
-    if job.audited:
-        found = asdict(audit(folder / ONNX_FILES[job.backend], job.provider, threads, cells[0]))
+    audits = [audit(file, job.provider, threads, inputs) for file, inputs in graphs]
+    found = asdict(sum_of(audits)) if audits else None
     result = {"rows": rows, "cold_start_s": cold_start_s, "quality": value, "decode": decode, "audit": found}
     write_json(Path(f"{path}.result"), result | {"no_energy": no_energy})
 
 
-def open_cold(job: Job, inputs: Inputs) -> tuple[Runner, float | None]:
+def open_cold(job: Job, inputs: Inputs) -> tuple[Runner | Pair, float | None]:
     """The runner, and seconds from opening it to its first answer; None where others had the CPU meanwhile."""
+    spec = _pair_spec(job)
     before, started_s = scheduled_s("self"), time.perf_counter()
-    runner = open_runner(Path(job.folder), job.backend, job.settings.threads, job.provider)
+    runner = open_runner(Path(job.folder), job.backend, job.settings.threads, job.provider, spec)
     runner.run(inputs)
     elapsed_s = time.perf_counter() - started_s
     share = cpu_share(before, scheduled_s("self"))
     return runner, elapsed_s if share is None or share >= MIN_CPU_SHARE else None
 
 
+def graphs_of(job: Job, runner: Runner | Pair, inputs: Inputs) -> list[tuple[Path, Inputs]]:
+    """The graph files that a call on `inputs` runs, and what each of them is given."""
+    if not isinstance(runner, Pair):
+        return [(Path(job.folder, ONNX_FILES[job.backend]), inputs)]
+    files = [Path(job.folder, file) for file in graph_files(PAIR_STEMS, job.backend)]
+    return list(zip(files, (inputs, runner.feeds(inputs)), strict=True))
+
+
 def measure_row(
-    runner: Runner, inputs: Inputs, settings: Settings, clock: Clock, counter: energy.Counter | None = None
+    runner: Runner | Pair, inputs: Inputs, settings: Settings, clock: Clock, counter: energy.Counter | None = None
 ) -> dict[str, Any]:
     """Measured part of a report row for one batch of inputs; its energy, where there is a counter of it."""
     reset_peak_memory()
@@ -117,7 +129,7 @@ def measure_row(
 
 
 def measure_decode(
-    runner: Runner,
+    runner: Runner | Pair,
     folder: Path,
     prompts_BP: np.ndarray,
     new_tokens: int,
@@ -217,6 +229,10 @@ def peak_memory_mib() -> float | None:
         return None
     lines = dict(line.split(":", 1) for line in status.read_text().splitlines())
     return int(lines["VmHWM"].split()[0]) / 1024
+
+
+def _pair_spec(job: Job) -> IoSpec | None:
+    return IoSpec.of_record(job.pair) if job.pair else None
 
 
 def _named(arrays: Mapping[str, np.ndarray], prefix: str) -> Inputs:

@@ -14,7 +14,8 @@ from markupsafe import Markup
 from ruamel.yaml import YAML
 
 from export.files import size_mib
-from export.results import STAGES, Results, Row, full_rows, is_verified, quality_text
+from export.io_spec import PAIR_STEMS, exported_stems, graph_files
+from export.results import STAGES, Results, Row, full_rows, is_verified, parity_of, quality_text
 from trainer.artifact import write_text
 from trainer.export_config import ONNX_FILES
 
@@ -22,10 +23,12 @@ _TEMPLATES = Path(__file__).parent / "templates"
 MARK = "<!-- Written by `lmworks report` from this folder's evidence. Remove this line to keep your own edits. -->"
 _PIPELINES = {"ForMaskedLM": "fill-mask", "LMHeadModel": "text-generation", "ForCausalLM": "text-generation",
               "ForSequenceClassification": "text-classification", "ForTokenClassification": "token-classification",
-              "ForQuestionAnswering": "question-answering", "Model": "feature-extraction"}  # fmt: skip
+              "ForQuestionAnswering": "question-answering", "ForConditionalGeneration": "text2text-generation",
+              "Model": "feature-extraction"}  # fmt: skip
 _TASK_NAMES = {"fill-mask": "Masked language modelling", "text-generation": "Causal language modelling",
                "text-classification": "Text classification", "token-classification": "Token classification",
-               "question-answering": "Question answering", "feature-extraction": "Feature extraction"}  # fmt: skip
+               "question-answering": "Question answering", "text2text-generation": "Text to text",
+               "feature-extraction": "Feature extraction"}  # fmt: skip
 # evidence name -> metric type as Hugging Face lists it; others are shown in the text only
 _METRIC_TYPES = {"loss": "loss", "perplexity": "perplexity", "accuracy": "accuracy", "masked_accuracy": "accuracy",
                  "bits_per_byte": "bits_per_byte"}  # fmt: skip
@@ -177,7 +180,9 @@ def _training_settings(found: Results, name: str) -> list[tuple[str, Any]]:
 
 
 def _is_quantized(folder: Path) -> bool:
-    return any((folder / file).is_file() for backend, file in ONNX_FILES.items() if "_int" in backend)
+    forms = [backend for backend in ONNX_FILES if "_int" in backend]
+    files = (file for backend in forms for file in graph_files(("model", PAIR_STEMS[1]), backend))
+    return any((folder / file).is_file() for file in files)
 
 
 def _exports(found: Results, name: str) -> list[Row]:
@@ -185,14 +190,16 @@ def _exports(found: Results, name: str) -> list[Row]:
     if record is None:
         return []
     rows = []
-    for backend, file in ONNX_FILES.items():
-        path = found.recipe.stage_dir("export") / name / file
+    for backend in ONNX_FILES:
+        files = graph_files(exported_stems(record["about"]), backend)
         if (name, backend) in found.verified:
-            proof = next((entry for entry in record["evidence"] if entry.get("file") == file), {})
+            folder = found.recipe.stage_dir("export") / name
+            proof = parity_of(record, backend)
             what = f"quality_{backend.removeprefix('onnx_')}"
             quality = next((entry for entry in record["evidence"] if entry["what"] == what), None)
-            rows.append({"file": file, "precision": backend.removeprefix("onnx_"),
-                         "passed": found.verified[name, backend], "mib": size_mib(path),
+            rows.append({"file": " and ".join(files), "precision": backend.removeprefix("onnx_"),
+                         "passed": found.verified[name, backend],
+                         "mib": sum(size_mib(folder / file) for file in files),
                          "metrics": proof.get("metrics", {}), "quality": quality_text(quality)})  # fmt: skip
     return rows
 

@@ -3,7 +3,7 @@ Building is `to_tensorrt`'s, running `tensorrt_runner`'s; nothing here imports T
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,9 +24,9 @@ class Place:
     driver: str | None
 
 
-def plan_name(variant: str, compute_capability: str) -> str:
+def plan_name(variant: str, compute_capability: str, stem: str = "model") -> str:
     """File of a plan: `model_fp16_sm89.plan`."""
-    return f"model_{variant}_sm{compute_capability.replace('.', '')}.plan"
+    return f"{stem}_{variant}_sm{compute_capability.replace('.', '')}.plan"
 
 
 def manifest_of(plan: Path) -> Path:
@@ -63,6 +63,15 @@ def read_manifest(plan: Path) -> dict[str, Any]:
     if hash_file(plan) != digest:
         raise _other_bytes(f"{plan} is not the plan that its manifest names", "the same bytes")
     return found
+
+
+def check_together(plans: Sequence[Path]) -> None:
+    """UserError for plans of an encoder-decoder of which one's manifest names another encoder or decoder beside it."""
+    for plan in plans:
+        beside = {named["file"]: named["sha256"] for named in read_manifest(plan).get("beside", [])}
+        for other in plans:
+            if other != plan and beside.get(other.name) != hash_file(other):
+                raise _other_bytes(f"{plan} was not built with this {other.name}", "two plans of one build")
 
 
 def check_place(plan: Path, manifest: Mapping[str, Any], here: Place, onnx: Path | None = None) -> None:

@@ -3,7 +3,7 @@ Tracing, quantizing and comparing are done by the modules it wires together here
 """
 
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -15,9 +15,9 @@ from export.calibration import text_finder
 from export.cases import Documents, load_documents
 from export.files import data_file, size_mib
 from export.front import Form, choose, measure_form, timed_inputs
-from export.gates import Gates
+from export.gates import Gates, TaskGate
 from export.io_spec import IoSpec, read_spec
-from export.runners import open_onnx, usable_threads
+from export.runners import OnnxRunner, open_onnx, open_onnx_graphs, together, usable_threads
 from export.to_onnx import export_graph, load_model
 from export.variants import TRIED, check_variant, check_variants, make_variant
 from trainer.__main__ import stage_main
@@ -30,6 +30,8 @@ from trainer.recipe_file import recipe_hash, require_section
 # What a server needs beside the graph: everything of a transformers folder that is not weights or our own records.
 _BESIDE = ("*.json", "*.txt", "*.model", "*.jinja")
 _NOT_BESIDE = ("artifact.json", "*.safetensors.index.json", "*.bin.index.json", "trainer_state.json", "README*")
+# What of evidence says which files it is of.
+_NAMES_OF_FILES = ("what", "file", "sha256", "data_sha256", "encoder")
 
 MakeForm = Callable[[Precision], list[dict[str, Any]]]
 
@@ -62,7 +64,7 @@ def check_quality_gates(settings: Export, specs: Mapping[str, IoSpec]) -> None:
         raise UserError(
             f"export.quality.labelled is given, and the models are of {', '.join(sorted(set(tasks.values())))}",
             f"one of {', '.join(labelled.METRICS)}",
-            "leave it out",
+            "leave it out: language models, encoder-decoders too, are judged by their perplexity on text",
         )
     for name, task in tasks.items():
         if task not in METRICS and not (task in labelled.METRICS and settings.quality.labelled):
@@ -80,9 +82,10 @@ def export_model(recipe: Recipe, settings: Export, name: str, folder: Path, docu
     source = hash_tree(folder)
     find = text_finder(recipe, folder, documents)
     gates = [Gates(folder, part, settings, documents, find, recipe.seed) for part in spec.parts]
+    whole = TaskGate(folder, spec, settings, documents, recipe.seed) if spec.encoder else None
     target = recipe.stage_dir("export") / name
     with staging(target) as partial:
-        evidence = [proof for each in gates for proof in _write_forms(settings, name, folder, each, partial)]
+        evidence = _write_forms(settings, name, folder, gates, whole, partial)
         copy_companions(folder, partial)
         if hash_tree(folder) != source:
             raise UserError(f"{folder} changed while it was exported", "a model that stays as it is", "export it again")
@@ -105,38 +108,57 @@ def export_model(recipe: Recipe, settings: Export, name: str, folder: Path, docu
     return target
 
 
-def _write_forms(settings: Export, name: str, folder: Path, gates: Gates, partial: Path) -> list[dict[str, Any]]:
-    """Write one graph of a model in its forms; returns the evidence that they passed."""
-    spec = gates.spec
-    raw = partial / spec.file("fp32")
-    export_graph(load_model(folder, spec), spec, raw, settings.opset)
+def _write_forms(
+    settings: Export, name: str, folder: Path, gates: Sequence[Gates], whole: TaskGate | None, partial: Path
+) -> list[dict[str, Any]]:
+    """Write the graphs of a model in its forms; returns the evidence that they passed.
+
+    `gates`: of each graph, `whole`: of an encoder-decoder's two together.
+    """
+    spec = gates[-1].spec
+    for part in spec.parts:
+        export_graph(load_model(folder, part), part, partial / part.file("fp32"), settings.opset)
 
     def make(variant: Precision) -> list[dict[str, Any]]:
-        """A form in its file; the evidence that it passed the gates."""
-        file = partial / spec.file(variant)
-        made = make_variant(variant, raw, file, lambda: gates.calibration, settings.calibration)
-        runner = open_onnx(file, usable_threads(), settings.provider)
-        return [proof | made for proof in gates.check(f"{name} {variant} ({file.name})", variant, file, runner)]
+        """A form in its files; the evidence that it passed the gates, those of each graph first."""
+        graphs = [_write_graph(settings, name, each, variant, partial) for each in gates]
+        evidence = [proof for _, passed in graphs for proof in passed]
+        if whole is None:
+            return evidence
+        runner, files = together([runner for runner, _ in graphs], spec), [partial / one for one in spec.files(variant)]
+        return evidence + whole.check(f"{name} {variant}", variant, files, runner)
 
     if settings.variants == "auto":
-        evidence = _choose_forms(name, spec, settings, gates.documents, partial, make)
+        evidence = _choose_forms(name, spec, settings, gates[0].documents, partial, make)
     else:
         evidence = []
         for variant in dict.fromkeys(("fp32", *settings.variants)):  # of fp32 all are made, under looser gates
             passed = make(variant)
-            _tell(f"{name} {variant}", partial / spec.file(variant), passed)
+            _tell(f"{name} {variant}", partial, passed)
             evidence += passed if variant in settings.variants else [_of_parent(proof) for proof in passed]
     kept = {proof["file"] for proof in evidence if "file" in proof}
-    for file in (partial / spec.file(variant) for variant in get_args(Precision)):
+    for file in (partial / file for variant in get_args(Precision) for file in spec.files(variant)):
         if file.name not in kept:
             file.unlink(missing_ok=True)
             data_file(file).unlink(missing_ok=True)
     return evidence
 
 
+def _write_graph(
+    settings: Export, name: str, gates: Gates, variant: Precision, partial: Path
+) -> tuple[OnnxRunner, list[dict[str, Any]]]:
+    """Write one form of a graph; returns it opened, and the evidence that it passed its gates."""
+    spec = gates.spec
+    file, raw = partial / spec.file(variant), partial / spec.file("fp32")
+    made = make_variant(variant, raw, file, lambda: gates.calibration, settings.calibration)
+    runner = open_onnx(file, usable_threads(), settings.provider)
+    passed = gates.check(f"{name} {variant} ({file.name})", variant, file, runner)
+    return runner, [proof | made for proof in passed]
+
+
 def _of_parent(proof: Mapping[str, Any]) -> dict[str, Any]:
     """Evidence of the fp32 graph where it is not shipped: what was found, on which bytes, but no file to look for."""
-    named = {key: value for key, value in proof.items() if key not in ("what", "file", "sha256", "data_sha256")}
+    named = {key: value for key, value in proof.items() if key not in _NAMES_OF_FILES}
     return {"what": f"parent_{proof['what']}", "parent_sha256": proof["sha256"], **named}
 
 
@@ -149,10 +171,10 @@ def _choose_forms(
 
     def attempt(variant: Precision) -> Form:
         check_variant(name, spec, variant, settings.provider)
-        file = folder / spec.file(variant)
+        files = [folder / file for file in spec.files(variant)]
         proofs[variant] = make(variant)
-        again = lambda: open_onnx(file, usable_threads(), settings.provider)  # noqa: E731
-        return measure_form(variant, proofs[variant], again, inputs, size_mib(file))
+        again = lambda: open_onnx_graphs(files, spec, usable_threads(), settings.provider)  # noqa: E731
+        return measure_form(variant, proofs[variant], again, inputs, sum(map(size_mib, files)))
 
     choice = choose(TRIED, attempt)
     for variant, what in choice.became.items():
@@ -175,19 +197,22 @@ def copy_companions(source: Path, target: Path) -> None:
                 shutil.copyfile(file, target / file.name)
 
 
-def _tell(form: str, file: Path, evidence: list[dict[str, Any]]) -> None:
-    parity = evidence[0]["metrics"]
-    said = (
-        f"{form} ({file.name}): {size_mib(file):.1f} MiB; parity holds in {parity['cases']} cases: max_abs "
-        f"{parity['max_abs']:.2g}, relative_rms {parity['relative_rms']:.2g}, top-1 {parity['top1']:.2%}"
-    )
-    for proof in evidence[1:]:
-        quality = proof["metrics"]
-        said += (
-            f"; {quality['metric']} {quality['value']:.4g}, {quality['kept']:.2%} of the source's quality "
-            f"({quality['kept_low']:.2%} to {quality['kept_high']:.2%})"
-        )
-    Console(highlight=False).print(said, soft_wrap=True)
+def _tell(form: str, folder: Path, evidence: list[dict[str, Any]]) -> None:
+    said = []
+    for proof in evidence:
+        found = proof["metrics"]
+        if "kept" in found:
+            said.append(
+                f"{found['metric']} {found['value']:.4g}, {found['kept']:.2%} of the source's quality "
+                f"({found['kept_low']:.2%} to {found['kept_high']:.2%})"
+            )
+        else:
+            said.append(
+                f"({proof['file']}): {size_mib(folder / proof['file']):.1f} MiB; parity holds in {found['cases']} "
+                f"cases: max_abs {found['max_abs']:.2g}, relative_rms {found['relative_rms']:.2g}, top-1 "
+                f"{found['top1']:.2%}"
+            )
+    Console(highlight=False).print(f"{form} {'; '.join(said)}", soft_wrap=True)
 
 
 if __name__ == "__main__":

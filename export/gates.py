@@ -2,7 +2,7 @@
 The comparisons are `parity`'s and `task_gate`'s; what happens to a form that fails is the stage's.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from export.fp8 import check_rounded
 from export.io_spec import IoSpec
 from export.parity import check_parity
 from export.precision import check_overflow
-from export.runners import OnnxRunner, Runner, open_torch, open_torch_pair, usable_threads
+from export.runners import OnnxRunner, Runner, open_runner, open_torch, open_torch_pair, usable_threads
 from export.scores import Scores, score
 from export.task_gate import check_quality
 from trainer.environment import launch_command
@@ -37,8 +37,8 @@ class Gates:
         self.find, self.seed = find, seed
         source = self._open(folder, documents, seed)
         self.expected = [source.run(case.inputs) for case in self.cases]
-        self.score = self._scorer(folder, documents, seed)
-        self.quality = self.score(source) if self.score else None
+        # What an encoder-decoder is for takes both of its graphs: `TaskGate` of the whole is the stage's to ask.
+        self.task = None if spec.cross else TaskGate(folder, spec, settings, documents, seed, source)
 
     def _open(self, folder: Path, documents: Documents, seed: int) -> Runner:
         """The source of this graph; makes the cases on the way."""
@@ -65,19 +65,6 @@ class Gates:
         pair = open_torch_pair(self.folder, usable_threads())
         return [case.inputs for case in decoder_cases(text, spec, pair, settings.parity.max_length, self.seed + 1)]
 
-    def _scorer(self, folder: Path, documents: Documents, seed: int) -> Callable[[Runner], Scores] | None:
-        """What measures the quality that must be kept; None for a head that has none without labelled text."""
-        wanted, spec = self.settings.quality, self.spec
-        if wanted is None:
-            return None
-        if spec.task in labelled.METRICS and wanted.labelled:
-            return labelled.labelled_scorer(folder, spec, wanted.labelled, wanted.sequences)
-        if spec.task not in METRICS:
-            return None
-        length = min(wanted.sequence_length, spec.max_length)
-        batches = quality_batches(documents, spec, folder, length, wanted.sequences, seed)
-        return lambda runner: score(runner, batches, METRICS[spec.task])
-
     def unpadded(self) -> dict[str, Any]:
         """Inputs without padding, so that every position of every inner value counts."""
         if self.spec.encoder is None:
@@ -92,10 +79,49 @@ class Gates:
             check_overflow(what, file, self.cases, usable_threads())
         if variant == "fp8":
             check_rounded(what, file)
-        found = {"parity": check_parity(what, self.spec, candidate, self.cases, self.expected, tolerance)}
-        if self.score and self.quality:
-            assert self.settings.quality is not None
-            found["quality"] = check_quality(what, self.quality, self.score(candidate), self.settings.quality.share)
-        head = {**hashes(file), "command": launch_command()}
-        of = "encoder_" if self.spec.cross and not self.spec.encoder else ""
-        return [{"what": f"{of}{gate}_{variant}", **head, **passed} for gate, passed in found.items()]
+        passed = check_parity(what, self.spec, candidate, self.cases, self.expected, tolerance)
+        head = {"what": f"{self.spec.prefix}parity_{variant}", **hashes(file), "command": launch_command()}
+        return [head | passed, *(self.task.check(what, variant, [file], candidate) if self.task else [])]
+
+
+class TaskGate:
+    """The gate on what a model is for, of which all its graphs together have a share to keep."""
+
+    def __init__(
+        self,
+        folder: Path,
+        spec: IoSpec,
+        settings: Export,
+        documents: Documents,
+        seed: int,
+        source: Runner | None = None,
+    ) -> None:
+        """`source`: the model folder in PyTorch, where it is open already."""
+        self.wanted = settings.quality
+        self.score = self._scorer(folder, spec, documents, seed)
+        self.quality = None
+        if self.score:
+            self.quality = self.score(source or open_runner(folder, "eager", usable_threads(), spec=spec))
+
+    def _scorer(self, folder: Path, spec: IoSpec, documents: Documents, seed: int) -> Callable[[Runner], Scores] | None:
+        """What measures the quality that must be kept; None for a head that has none without labelled text."""
+        wanted = self.wanted
+        if wanted is None:
+            return None
+        if spec.task in labelled.METRICS and wanted.labelled:
+            return labelled.labelled_scorer(folder, spec, wanted.labelled, wanted.sequences)
+        if spec.task not in METRICS:
+            return None
+        length = min(wanted.sequence_length, spec.max_length)
+        batches = quality_batches(documents, spec, folder, length, wanted.sequences, seed)
+        return lambda runner: score(runner, batches, METRICS[spec.task])
+
+    def check(self, what: str, variant: Precision, files: Sequence[Path], candidate: Runner) -> list[dict[str, Any]]:
+        """Evidence that `candidate`, opened from `files` (of an encoder-decoder the encoder's first), keeps its share,
+        or none where there is nothing to measure; GateFailed where it does not."""
+        if not (self.wanted and self.score and self.quality):
+            return []
+        passed = check_quality(what, self.quality, self.score(candidate), self.wanted.share)
+        *encoder, own = map(hashes, files)
+        beside = {"encoder": encoder[0]} if encoder else {}
+        return [{"what": f"quality_{variant}", **own, **beside, "command": launch_command(), **passed}]

@@ -104,7 +104,7 @@ class BoundDecoder:
 
 def decoder_of(runner: Runner, spec: IoSpec, encoded: Mapping[str, np.ndarray] | None = None) -> Decoder:
     """The decoder of a runner, on what an encoder put out, if there is one."""
-    if isinstance(runner, TensorRTRunner):  # of a model of one graph: no others become engines
+    if isinstance(runner, TensorRTRunner) and spec.encoder is None:
         return DeviceDecoder(runner, spec)
     if not isinstance(runner, OnnxRunner):
         return CopyingDecoder(runner, spec, encoded or {})

@@ -50,6 +50,8 @@ TASKS: dict[str, Task] = {f"{encoder}{head}": task for encoder in _ENCODERS for 
 TASKS |= dict.fromkeys(_DECODERS, "causal_lm")
 TASKS |= dict.fromkeys(_PAIRS, "seq2seq_lm")
 _TOKEN_TYPES = ("bert",)
+# optimum's names of the two graphs of an encoder-decoder
+PAIR_STEMS = ("encoder_model", "decoder_with_past_model")
 # T5's positions are relative, without an end; it was trained on texts of so many tokens (Raffel et al. 2020).
 _T5_LENGTH = 512
 
@@ -127,9 +129,35 @@ class IoSpec:
         """The faces of all graphs of the model."""
         return (self.encoder, self) if self.encoder else (self,)
 
+    @property
+    def reader(self) -> "IoSpec":
+        """The face that takes a text: the encoder's, where there is one."""
+        return self.encoder or self
+
+    @property
+    def prefix(self) -> str:
+        """What the names of evidence begin with: `encoder_` for that graph of an encoder-decoder."""
+        return "encoder_" if self.cross and not self.encoder else ""
+
+    @staticmethod
+    def of_record(record: Mapping[str, Any]) -> "IoSpec":
+        """The face that `dataclasses.asdict` made a record of, also where it went through JSON; it needs no model."""
+        ports = {
+            which: tuple(Port(one["name"], one["dtype"], tuple(one["axes"])) for one in record[which])
+            for which in ("inputs", "outputs")
+        }
+        caches = {which: CacheLayout(**record[which]) if record[which] else None for which in ("cache", "cross")}
+        encoder = IoSpec.of_record(record["encoder"]) if record["encoder"] else None
+        return IoSpec(**{**record, **ports, **caches, "encoder": encoder})
+
     def file(self, variant: Precision) -> str:
         """Name of the graph's file in one form."""
-        return ONNX_FILES[f"onnx_{variant}"].replace("model", self.stem, 1)
+        (name,) = graph_files([self.stem], f"onnx_{variant}")
+        return name
+
+    def files(self, variant: Precision) -> tuple[str, ...]:
+        """Names of all graphs' files in one form."""
+        return tuple(part.file(variant) for part in self.parts)
 
     def feeds(
         self, ids_BT: np.ndarray, mask: np.ndarray, past: Mapping[str, np.ndarray] | None = None
@@ -166,6 +194,16 @@ class IoSpec:
             ids_BT[index, place] = row
             mask_BT[index, place] = 1
         return self.feeds(ids_BT, mask_BT)
+
+
+def graph_files(stems: Sequence[str], backend: str) -> tuple[str, ...]:
+    """Names of graphs' files in one form."""
+    return tuple(ONNX_FILES[backend].replace("model", stem, 1) for stem in stems)
+
+
+def exported_stems(about: Mapping[str, Any]) -> tuple[str, ...]:
+    """What the graphs of an export are called, by what its artifact says of it."""
+    return PAIR_STEMS if "encoder_inputs" in about else ("model",)
 
 
 def read_spec(folder: Path) -> IoSpec:
@@ -234,7 +272,7 @@ def _pair_spec(config: Any, architecture: str) -> IoSpec:
     encoder = IoSpec(
         inputs=_token_ports(config.model_type, cached=False),
         outputs=(hidden, *cross.ports(cross.present_names, SEQUENCE)),
-        stem="encoder_model",
+        stem=PAIR_STEMS[0],
         **shared,
     )
     tokens = (Port("input_ids", "int64", (BATCH, SEQUENCE)), Port("encoder_attention_mask", "int64", (BATCH, ENCODED)))
@@ -244,7 +282,7 @@ def _pair_spec(config: Any, architecture: str) -> IoSpec:
         inputs=(*tokens, *own.ports(own.past_names, PAST), *cross.ports(cross.past_names, ENCODED)),
         outputs=(logits, *own.ports(own.present_names, TOTAL)),
         cache=own,
-        stem="decoder_with_past_model",
+        stem=PAIR_STEMS[1],
         encoder=encoder,
         start_id=shared["pad_id"] if start is None else start,
         **shared,

@@ -61,10 +61,10 @@ def main(path: Path) -> None:
 
 
 def open_service(service: Service) -> Callable[[Rows], object]:
-    """What answers a batch: one forward pass, or, of a decoder, as many new tokens as asked, greedily."""
+    """What answers a batch: one forward pass, or, of a model that generates, as many new tokens as asked, greedily."""
     folder = Path(service.folder)
     spec = read_spec(folder)
-    runner = open_runner(folder, service.backend, service.threads, service.provider)
+    runner = open_runner(folder, service.backend, service.threads, service.provider, spec)
     if spec.cache is None:
         return lambda rows: runner.run(pad_to_longest(spec, rows))
     sampling = Sampling(service.new_tokens)

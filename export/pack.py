@@ -2,10 +2,11 @@
 Triton's configurations are `triton_config`'s, its Python models `triton_models`'; nothing is run here.
 """
 
+import itertools
 import json
 import shlex
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,10 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from rich.console import Console
 
 from export.export import copy_companions
+from export.generate import Sampling
 from export.hostile import data_files
 from export.io_spec import IoSpec
+from export.texts import with_end
 from export.triton_config import (
     Engines,
     Names,
@@ -46,6 +49,7 @@ ANSWERED_TASKS = {
     "token_classification": "answer_text.py",
     "question_answering": "answer_text.py",
     "feature_extraction": "answer_features.py",
+    "seq2seq_lm": "answer_generated.py",
 }
 # Variant to its file's name in transformers.js (its documentation, "Using quantized models"): fp32 and q8 are ours.
 HUB_FILES = {
@@ -89,7 +93,12 @@ def pack_model(recipe: Recipe, settings: Pack, subject: Subject) -> Path:
     if spec.task not in ANSWERED_TASKS:
         raise UserError(f"{subject.name} is a {spec.task} model", f"one of {', '.join(ANSWERED_TASKS)} to answer texts")
     served = choose_variant(subject, settings.variant, settings.device)
-    engines = None
+    if spec.encoder and settings.max_new_tokens > spec.max_length:
+        raise UserError(
+            f"pack.max_new_tokens is {settings.max_new_tokens}",
+            f"at most {spec.max_length}, what {subject.name} writes",
+        )
+    engines: list[Engines] = []
     if settings.backend == "tensorrt":
         engines = verified_engines(recipe.stage_dir("tensorrt") / subject.name, subject, served.variant, settings)
     about = {
@@ -100,13 +109,16 @@ def pack_model(recipe: Recipe, settings: Pack, subject: Subject) -> Path:
         "backend": settings.backend,
         "max_length": _max_length(spec, engines),
         "models": vars(names) | {"tokenizer": names.tokenizer, "answer": names.answer, "ensemble": names.ensemble},
-        "image": settings.image or triton_image(engines.library_version if engines else None),
+        "networks": [names.of(part) for part in spec.parts],
+        "max_new_tokens": settings.max_new_tokens if spec.encoder else None,
+        "image": settings.image or triton_image(engines[0].library_version if engines else None),
     }
     target = recipe.stage_dir("pack") / subject.name
     with staging(target) as partial:
         tokenizer = _open_tokenizer(subject.folder)
         write_repository(partial / "models", subject, served, settings, tokenizer, engines)
-        hub_files = write_hub(partial / "hub", subject)
+        # transformers.js wants an encoder-decoder's two decoders merged, and without what ours takes from the encoder
+        hub_files = [] if spec.encoder else write_hub(partial / "hub", subject)
         require_unchanged(subject)
         write_companions(partial, names, about, hub_files, _example(spec, tokenizer), target, engines)
         write_artifact(
@@ -114,8 +126,8 @@ def pack_model(recipe: Recipe, settings: Pack, subject: Subject) -> Path:
             "packed",
             recipe_sha256=recipe_hash(recipe),
             parents={"onnx": subject.record["content_sha256"], **subject.record["parents"]}
-            | ({"engines": engines.content_sha256} if engines else {}),
-            evidence=subject.record["evidence"] + (engines.evidence if engines else []),
+            | ({"engines": engines[0].content_sha256} if engines else {}),
+            evidence=subject.record["evidence"] + (engines[0].evidence if engines else []),
             about=about,
         )
     Console(highlight=False).print(
@@ -127,12 +139,13 @@ def pack_model(recipe: Recipe, settings: Pack, subject: Subject) -> Path:
 
 
 def write_repository(
-    models: Path, subject: Subject, served: Verified, settings: Pack, tokenizer: Any, engines: Engines | None = None
+    models: Path, subject: Subject, served: Verified, settings: Pack, tokenizer: Any, engines: Sequence[Engines] = ()
 ) -> None:
-    """The Triton model repository: the graph or its engines, the two Python models around it, the ensemble of all."""
+    """The Triton model repository: the graphs or their engines, the two Python models around them, the ensemble."""
     spec, names = subject.spec, Names(subject.name)
+    parts = list(itertools.zip_longest(spec.parts, served.files, engines))
     configs = [
-        network_config(names, spec, settings, engines),
+        *(network_config(names, part, settings, one) for part, _, one in parts),
         tokenizer_config(names, spec, settings),
         answer_config(names, spec, settings),
         ensemble_config(names, spec, settings),
@@ -141,11 +154,11 @@ def write_repository(
         (models / name / "1").mkdir(parents=True)
         (models / name / "config.pbtxt").write_text(text, encoding="utf-8")
     (models / names.ensemble / "1" / ".keep").touch()  # Triton wants a version folder, and git no empty one
-    version = models / names.network / "1"
-    if engines is None:
-        copy_graph(served.file, version / "model.onnx")
-    else:
-        for plan in engines.plans.values():
+    for part, file, one in parts:
+        version = models / names.of(part) / "1"
+        if one is None:
+            copy_graph(file, version / "model.onnx")
+        for plan in one.plans.values() if one else ():
             shutil.copyfile(plan, version / plan.name)
     inputs = [
         {
@@ -153,7 +166,7 @@ def write_repository(
             "dtype": port.dtype,
             "dims": [axis if isinstance(axis, int) else 0 for axis in port.axes[1:]],
         }
-        for port in spec.inputs
+        for port in spec.reader.inputs
     ]
     reading = {
         "texts": texts_of(spec),
@@ -164,7 +177,7 @@ def write_repository(
         "pad_to_multiple_of": settings.pad_to_multiple_of,
     }
     _python_model(models / names.tokenizer / "1", "tokenize_text.py", reading, tokenizer)
-    answering = _answering(subject, settings, tokenizer)
+    answering = _generating(subject, settings) if spec.encoder else _answering(subject, settings, tokenizer)
     _python_model(models / names.answer / "1", ANSWERED_TASKS[spec.task], answering, tokenizer)
 
 
@@ -196,7 +209,7 @@ def write_companions(
     hub_files: list[str],
     example: str,
     target: Path,
-    engines: Engines | None,
+    engines: Sequence[Engines],
 ) -> None:
     """What a serving team needs beside the model: client, container, load test, and a page that says how."""
     environment = Environment(
@@ -210,9 +223,9 @@ def write_companions(
         "sdk": RELEASE,
         "folder": shlex.quote(str(target)),
         "example": " ".join([shlex.quote(example)] * len(about["texts"])),
-        "gpu": "kind: KIND_GPU" in (folder / "models" / names.network / "config.pbtxt").read_text(encoding="utf-8"),
-        "tensorrt": engines.library_version if engines else "",
-        "library_version": engines.library_number if engines else 0,
+        "gpu": "kind: KIND_GPU" in (folder / "models" / about["networks"][0] / "config.pbtxt").read_text("utf-8"),
+        "tensorrt": engines[0].library_version if engines else "",
+        "library_version": engines[0].library_number if engines else 0,
         "tokenizers": versions()["tokenizers"],
     }
     written = {
@@ -230,8 +243,8 @@ def write_companions(
     (folder / "perf_input.json").write_text(json.dumps(load, indent=2) + "\n", encoding="utf-8")
 
 
-def _max_length(spec: IoSpec, engines: Engines | None) -> int:
-    return min(spec.max_length, engines.max_length) if engines else spec.max_length
+def _max_length(spec: IoSpec, engines: Sequence[Engines]) -> int:
+    return min(spec.max_length, engines[0].max_length) if engines else spec.max_length
 
 
 def _open_tokenizer(folder: Path) -> Any:
@@ -263,6 +276,24 @@ def _answering(subject: Subject, settings: Pack, tokenizer: Any) -> dict[str, An
     if spec.task == "question_answering":
         answering["cls_id"] = tokenizer.cls_token_id
     return answering
+
+
+def _generating(subject: Subject, settings: Pack) -> dict[str, Any]:
+    """What a text is written by: the decoder, its cache, and how its texts begin and end."""
+    spec, sampling = subject.spec, with_end(Sampling(settings.max_new_tokens), subject.folder)
+    assert spec.cache is not None and spec.cross is not None
+    return {
+        "decoder": Names(subject.name).of(spec),
+        "encoded": dict(zip(spec.cross.present_names, spec.cross.past_names, strict=True)),
+        "cache": dict(zip(spec.cache.present_names, spec.cache.past_names, strict=True)),
+        "empty": [spec.cache.heads, 0, spec.cache.head_size],
+        "start_id": spec.start_id,
+        "pad_id": spec.pad_id,
+        "max_new_tokens": settings.max_new_tokens,
+        "ends": list(sampling.eos_token_ids),
+        "forced_first": sampling.forced_bos_token_id,
+        "forced_last": sampling.forced_eos_token_id,
+    }
 
 
 def _classes(folder: Path) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from export.cases import Case
-from export.io_spec import BATCH, PAST, SEQUENCE, IoSpec, Port
+from export.io_spec import BATCH, ENCODED, PAST, SEQUENCE, IoSpec, Port
 from trainer.errors import UserError
 
 Shapes = dict[str, tuple[int, ...]]
@@ -58,9 +58,10 @@ def require_profile(profiles: Sequence[Profile], shapes: Mapping[str, Sequence[i
     return found
 
 
-def call_shapes(spec: IoSpec, batch: int, new: int, past: int) -> Shapes:
-    """Shapes of all inputs for `new` tokens after `past` ones."""
-    return {port.name: shape_of(port, {BATCH: batch, SEQUENCE: new, PAST: past}) for port in spec.inputs}
+def call_shapes(spec: IoSpec, batch: int, new: int, past: int, encoded: int = 0) -> Shapes:
+    """Shapes of all inputs for `new` tokens after `past` ones, with an encoder on a text of `encoded`."""
+    sizes = {BATCH: batch, SEQUENCE: new, PAST: past, ENCODED: encoded}
+    return {port.name: shape_of(port, sizes) for port in spec.inputs}
 
 
 def shape_of(port: Port, sizes: Mapping[str, int]) -> tuple[int, ...]:
@@ -81,8 +82,9 @@ def calls_of(spec: IoSpec, case: Case) -> Iterator[Shapes]:
         yield {name: value.shape for name, value in case.inputs.items()}
         return
     batch, length = case.inputs["input_ids"].shape
-    yield call_shapes(spec, batch, case.steps_after, 0)
-    yield from (call_shapes(spec, batch, 1, past) for past in range(case.steps_after, length))
+    encoded = case.inputs["encoder_attention_mask"].shape[1] if spec.encoder else 0
+    yield call_shapes(spec, batch, case.steps_after, 0, encoded)
+    yield from (call_shapes(spec, batch, 1, past, encoded) for past in range(case.steps_after, length))
 
 
 def _takes(profile: Profile, shapes: Mapping[str, Sequence[int]]) -> bool:

@@ -12,9 +12,9 @@ from typing import Any, cast
 
 from export.generate import Sampling
 from export.io_spec import IoSpec, read_spec
-from export.runners import Pair, Runner, open_onnx, open_runner, open_torch, open_torch_pair, usable_threads
+from export.runners import Pair, Runner, open_onnx_graphs, open_runner, usable_threads
 from export.texts import not_done, stream_texts, with_end
-from export.verified import Verified, examine
+from export.verified import examine
 from trainer.artifact import ARTIFACT_FILE, read_artifact
 from trainer.errors import UserError
 from trainer.export_config import ENGINES, Backend
@@ -74,7 +74,7 @@ def open_writer(folder: Path, variant: str | None = None) -> Writer:
                 "variant out: then it runs in PyTorch"
             )  # fmt: skip
         spec = read_spec(folder)
-        runner = open_torch_pair(folder, usable_threads()) if spec.encoder else open_torch(folder, usable_threads())
+        runner = open_runner(folder, "eager", usable_threads(), spec=spec)
         _tell(f"{folder} in PyTorch, fp32")
     else:
         engines = _is_engines(folder)
@@ -87,7 +87,10 @@ def open_writer(folder: Path, variant: str | None = None) -> Writer:
                 f"{exported} has no verified {chosen}", f"one of {', '.join(names)}", "export that variant too"
             )
         form, spec, folder = subject.variants[chosen], subject.spec, exported
-        runner = open_runner(exported, _engine(chosen), usable_threads()) if engines else _open_onnx(form)
+        if engines:
+            runner = open_runner(exported, _engine(chosen), usable_threads())
+        else:
+            runner = open_onnx_graphs(form.files, spec, usable_threads())
         what = f"an engine of {form.file}" if engines else str(form.file)
         _tell(f"{what}, which passed parity" + ("" if variant else f"; also: {names}"))
     return Writer(folder, runner, spec, AutoTokenizer.from_pretrained(folder, local_files_only=True))
@@ -103,11 +106,6 @@ def _engine(variant: str) -> Backend:
     if variant not in found:
         raise UserError(f"no engines of {variant}", f"one of {', '.join(found)}", "give it by --variant")
     return cast(Backend, found[variant])
-
-
-def _open_onnx(form: Verified) -> Runner | Pair:
-    decoder = open_onnx(form.file, usable_threads())
-    return Pair(open_onnx(form.encoder_file, usable_threads()), decoder) if form.encoder_file else decoder
 
 
 def _write(writer: Writer, prompt: str, settings: Sampling, stops: Sequence[str], json_lines: bool) -> None:

@@ -5,7 +5,7 @@ A session that was asked for a GPU runs what the GPU lacks on the CPU, and says 
 import json
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,12 @@ class Audit:
             return ""
         listed = ", ".join(f"{count} {name}" for name, count in self.strayed.items())
         return f"{sum(self.strayed.values())} of {sum(self.nodes.values())} nodes did not run on {asked}: {listed}"
+
+
+def sum_of(audits: Sequence[Audit]) -> Audit:
+    """One audit of several graphs that run in one call."""
+    nodes, strayed = (sum((Counter(getattr(one, part)) for one in audits), Counter()) for part in ("nodes", "strayed"))
+    return Audit(dict(nodes.most_common()), dict(strayed.most_common()))
 
 
 def audit(path: Path, provider: str, threads: int, inputs: Mapping[str, np.ndarray]) -> Audit:

@@ -15,13 +15,21 @@ from rich.console import Console
 
 from export.audit import audit, read_layers
 from export.cases import stdlib_documents
-from export.engine_files import Place, check_place, manifest_of, plan_name, read_manifest, write_manifest
+from export.engine_files import (
+    Place,
+    check_place,
+    check_together,
+    manifest_of,
+    plan_name,
+    read_manifest,
+    write_manifest,
+)
 from export.engine_proof import prove_engine
 from export.files import is_the_one
-from export.io_spec import read_spec
-from export.runners import open_onnx, usable_threads
+from export.io_spec import IoSpec, read_spec
+from export.runners import Pair, Runner, open_onnx_graphs, together, usable_threads
 from export.tensorrt_library import load_library, this_place
-from export.tensorrt_runner import TensorRTRunner, open_engine
+from export.tensorrt_runner import open_engine
 from export.to_tensorrt import Builder, products
 from trainer.artifact import add_evidence, hash_file, read_artifact, staging, write_json
 from trainer.environment import gpus, launch_command
@@ -38,14 +46,14 @@ class Origin:
     """An exported folder's graph that passed parity, for which an engine stands."""
 
     exported: Path
+    variant: str
+    spec: IoSpec
+    """The graph's own face."""
     proof: dict[str, Any]
     """The evidence of its parity."""
-    source: dict[str, Any]
-    """That of the fp32 graph, where there is one, or its own: what the numbers of an engine are held against."""
-
-    @property
-    def variant(self) -> str:
-        return self.proof["what"].removeprefix("parity_")
+    sources: tuple[dict[str, Any], ...]
+    """That of the fp32 graphs, where there are any, or of the variant's: what the numbers of an engine are held
+    against. For a decoder with an encoder, whose text it reads, both in the order of `IoSpec.parts`."""
 
     @property
     def graph(self) -> Path:
@@ -76,23 +84,42 @@ class Fitting:
     """Why it stands in another one's place, if it does."""
 
 
-def open_fitting(exported: Path, variant: str, cuda_graphs: bool = False) -> TensorRTRunner:
-    """A runner for the engine of an exported folder's variant, which gave its graph's numbers on a GPU as this one.
+def open_fitting(exported: Path, variant: str, cuda_graphs: bool = False) -> Runner | Pair:
+    """A runner for the engine of an exported folder's variant, of an encoder-decoder for both, each of which gave its
+    graph's numbers on a GPU as this one.
 
     UserError where none runs here and none can be built, GateFailed for one whose numbers are others.
     """
-    found = fitting_plan(origin_of(exported, variant))
-    return open_engine(found.plan, read_spec(exported), cuda_graphs=cuda_graphs)
+    spec, found = read_spec(exported), fitting_plans(exported, variant)
+    graphs = zip(found, spec.parts, strict=True)
+    return together([open_engine(one.plan, part, cuda_graphs=cuda_graphs) for one, part in graphs], spec)
 
 
-def origin_of(exported: Path, variant: str) -> Origin:
-    """What an export's record says of a variant; UserError where it has none that passed parity."""
-    record = read_artifact(exported, "onnx")
-    proofs = {proof["what"]: proof for proof in record["evidence"]}
-    proof = proofs.get(f"parity_{variant}")
-    if proof is None:
+def fitting_plans(exported: Path, variant: str, here: Place | None = None) -> list[Fitting]:
+    """`fitting_plan` of every graph of a model, in the order of `IoSpec.parts`; UserError, too, for engines of an
+    encoder and a decoder that were not built together."""
+    origins = [origin_of(exported, variant, part) for part in read_spec(exported).parts]
+    if len(origins) > 1:
+        record = read_artifact(origins[0].engines, "engines")
+        here = here or _here(record)
+        check_together([_choose(origin, record, here) for origin in origins])
+    return [fitting_plan(origin, here) for origin in origins]
+
+
+def origin_of(exported: Path, variant: str, spec: IoSpec | None = None) -> Origin:
+    """What an export's record says of a variant of a graph; UserError where it has none that passed parity.
+
+    `spec`: the graph's face, of an encoder-decoder the decoder's without it.
+    """
+    spec = spec or read_spec(exported)
+    proofs = {proof["what"]: proof for proof in read_artifact(exported, "onnx")["evidence"]}
+    own = [proofs.get(f"{part.prefix}parity_{variant}") for part in spec.parts]
+    found = [proof for proof in own if proof is not None]
+    if len(found) < len(own):
         raise UserError(f"{exported} has no verified {variant}", "one", "add it to export.variants and export again")
-    return Origin(exported, proof, proofs.get("parity_fp32", proof))
+    fp32 = [proofs.get(f"{part.prefix}parity_fp32") for part in spec.parts]
+    sources = [source or proof for source, proof in zip(fp32, found, strict=True)]
+    return Origin(exported, variant, spec, found[-1], tuple(sources))
 
 
 def fitting_plan(origin: Origin, here: Place | None = None) -> Fitting:
@@ -103,8 +130,7 @@ def fitting_plan(origin: Origin, here: Place | None = None) -> Fitting:
     file of the bytes that the manifest names, or a library that is missing or refuses. GateFailed for other numbers.
     """
     record = read_artifact(origin.engines, "engines")
-    library = record["about"]["library"]
-    here = here or this_place(library, load_library(library))
+    here = here or _here(record)
     plan = _choose(origin, record, here)
     manifest = read_manifest(plan)
     if any(manifest["onnx"].get(key) != origin.proof.get(key) for key in ("sha256", "data_sha256")):
@@ -124,13 +150,19 @@ def fitting_plan(origin: Origin, here: Place | None = None) -> Fitting:
         ) from None
 
 
+def _here(record: Mapping[str, Any]) -> Place:
+    library = record["about"]["library"]
+    return this_place(library, load_library(library))
+
+
 def _choose(origin: Origin, record: Mapping[str, Any], here: Place) -> Path:
     """The variant's plan for the GPU that is here, or the first one, which tells how another is built."""
-    what = f"audit_{origin.variant}"  # with the compute capability behind it; int8 also begins int8_static
+    # The compute capability stands behind it; int8 also begins int8_static.
+    what = f"{origin.spec.prefix}audit_{origin.variant}"
     built = [entry["file"] for entry in record["evidence"] if entry["what"].rsplit("_", 1)[0] == what]
     if not built:
         raise UserError(f"{origin.engines} has no engine of {origin.variant}", "one", "add it to tensorrt.variants")
-    own = plan_name(origin.variant, here.compute_capability or "")
+    own = plan_name(origin.variant, here.compute_capability or "", origin.spec.stem)
     return origin.engines / (own if own in built else built[0])
 
 
@@ -138,11 +170,11 @@ def _proven(origin: Origin, plan: Path, record: Mapping[str, Any]) -> Fitting:
     """A plan that runs here, with the evidence of its numbers, which is gathered now if there is none."""
     digest = hash_file(plan)
     for entry in record["evidence"]:
-        if entry["what"].startswith("parity_") and (entry["file"], entry["sha256"]) == (plan.name, digest):
+        if "parity_" in entry["what"] and (entry["file"], entry["sha256"]) == (plan.name, digest):
             return Fitting(plan, entry["metrics"])
     parity = _hold(origin, plan)
     if parity is not None:
-        what = f"parity_{origin.variant}_{read_manifest(plan)['compute_capability']}"
+        what = f"{origin.spec.prefix}parity_{origin.variant}_{read_manifest(plan)['compute_capability']}"
         entry = {"what": what, "file": plan.name, "sha256": digest, "command": launch_command(), "metrics": parity}
         add_evidence(origin.engines, entry)
     return Fitting(plan, parity)
@@ -152,9 +184,9 @@ def _hold(origin: Origin, plan: Path) -> dict[str, Any] | None:
     """What an engine differs by from its graph on the GPU that is here, under the graph's gate; None without a GPU."""
     if not gpus():
         return None
-    spec = read_spec(origin.exported)
+    spec = origin.spec
     tolerance = Tolerance.model_validate(origin.proof["thresholds"])
-    source = open_onnx(origin.file(origin.source), usable_threads())
+    source = open_onnx_graphs([origin.file(proof) for proof in origin.sources], spec, usable_threads())
     text = stdlib_documents(origin.exported)
     return prove_engine(plan.name, spec, open_engine(plan, spec), source, text, Parity(), tolerance)["metrics"]
 
@@ -175,7 +207,8 @@ def _stand_in(plan: Path, manifest: Mapping[str, Any], origin: Origin, here: Pla
     if here.library != manifest["library"]:
         raise UserError(f"it is to be built by {manifest['library']}")
     folder = plan.parent.with_name(f"{plan.parent.name}.rebuilt") / f"sm{here.compute_capability.replace('.', '')}"
-    made = folder / manifest["variant"] / plan_name(manifest["variant"], here.compute_capability)
+    name = plan_name(origin.variant, here.compute_capability, origin.spec.stem)
+    made = folder / name.removesuffix(".plan") / name  # each in a folder of its own, which is there whole or not at all
     if made.is_file() and manifest_of(made).is_file():
         before = read_manifest(made)
         known = before.get("parity") is not None or not gpus()
@@ -205,7 +238,8 @@ def _build(manifest: Mapping[str, Any], origin: Origin, made: Path, here: Place)
     with staging(made.parent) as partial:
         path = partial / made.name
         path.write_bytes(plan)
-        about = {name: manifest[name] for name in _KEPT} | {"audit": audited, "in_place_of": manifest["plan"]}
+        about = {name: manifest[name] for name in _KEPT} | {"stem": origin.spec.stem}
+        about |= {"audit": audited, "in_place_of": manifest["plan"]}
         write_manifest(path, here, graph, about | {"parity": None})
         parity = _hold(origin, path)
         write_manifest(path, here, graph, about | {"parity": parity})
@@ -213,8 +247,9 @@ def _build(manifest: Mapping[str, Any], origin: Origin, made: Path, here: Place)
 
 
 def main(exported: Path, variant: str, path: Path) -> None:
-    """Make the engine of a variant ready, in a process of its own, and write into `path` which it is."""
-    found = fitting_plan(origin_of(exported, variant))
+    """Make the engine of a variant ready, in a process of its own, and write into `path` which it is. Of a model of one
+    graph: no others are measured."""
+    (found,) = fitting_plans(exported, variant)
     about = {"plan": str(found.plan), "parity": found.parity, "instead": found.instead}
     write_json(path, about | {"sha256": hash_file(found.plan), "file_mib": found.plan.stat().st_size / 2**20})
 

@@ -23,6 +23,7 @@ from export.results import (
     is_verified,
     measured,
     noise_of,
+    parity_of,
     quality_text,
     rank_of,
     read_results,
@@ -259,7 +260,7 @@ def proofs(found: Results) -> Iterator[Row]:
                 continue
             variant = backend.removeprefix("onnx_")
             entries = {entry["what"]: entry for entry in record["evidence"]}
-            proof = entries.get(f"parity_{variant}", {})
+            proof = parity_of(record, backend)
             metrics, limits = proof.get("metrics", {}), proof.get("thresholds", {})
             yield {"model": model, "backend": backend, "passed": found.verified[model, backend], "metrics": metrics,
                    "limits": limits, "quality": quality_text(entries.get(f"quality_{variant}"))}  # fmt: skip

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from export.files import is_the_one
+from export.io_spec import exported_stems, graph_files
 from export.noise import difference, rank
 from trainer.artifact import ARTIFACT_FILE, content_hash, read_artifact
 from trainer.config import Recipe
@@ -53,7 +54,7 @@ class Results:
     tokenizer: Row | None
     trained: dict[str, Trained]
     exported: dict[str, Row]
-    verified: dict[tuple[str, str], bool]  # (model, backend) of each ONNX file that is there
+    verified: dict[tuple[str, str], bool]  # (model, backend) of each ONNX form that is there
     bench: Row | None
     chain: Row
 
@@ -297,17 +298,35 @@ def _trained(recipe: Recipe, name: str, stage: str) -> Trained | None:
 
 
 def _proofs(recipe: Recipe, name: str, record: Row) -> Iterable[tuple[tuple[str, str], bool]]:
-    """For each ONNX file of an export: whether there is evidence of parity that was measured on its very bytes, with
+    """For each form of an export: whether there is evidence of parity that was measured on its very bytes, with
     the model that is there now."""
     export, model = recipe.stage_dir("export"), recipe.exported_models().get(name)
     current = model is None or not model.is_dir() or record["parents"].get("model") == content_hash(model)
-    proofs = {proof["file"]: proof for proof in record["evidence"] if proof["what"].startswith("parity_")}
-    for backend, file in ONNX_FILES.items():
-        path = export / name / file
-        if path.is_file():
-            proof = proofs.get(file)
-            passed = proof is not None and proof.get("passed", True) and is_the_one(proof, path)
+    proofs = {proof["file"]: proof for proof in record["evidence"] if "parity_" in proof["what"]}
+    for backend in ONNX_FILES:
+        paths = [export / name / file for file in graph_files(exported_stems(record["about"]), backend)]
+        if all(path.is_file() for path in paths):
+            passed = all(_is_proven(proofs.get(path.name), path) for path in paths)
             yield (name, backend), passed and current
+
+
+def _is_proven(proof: Row | None, path: Path) -> bool:
+    return proof is not None and proof.get("passed", True) and is_the_one(proof, path)
+
+
+def parity_of(record: Row, backend: str) -> Row:
+    """An export's evidence that the tensors of one form are its source's; of two graphs the worse figures of both."""
+    files = graph_files(exported_stems(record["about"]), backend)
+    found = [proof for proof in record["evidence"] if "parity_" in proof["what"] and proof.get("file") in files]
+    if len(found) < 2:
+        return found[0] if found else {}
+    worse = {"top1": min, "max_abs": max, "relative_rms": max, "cases": _sum, "positions": _sum}
+    metrics = {key: of(*(proof["metrics"][key] for proof in found)) for key, of in worse.items()}
+    return found[-1] | {"metrics": metrics}
+
+
+def _sum(*values: float) -> float:
+    return sum(values)
 
 
 def _bench(recipe: Recipe) -> Row | None:

@@ -18,7 +18,10 @@ import numpy as np
 
 from export.io_spec import IoSpec
 
-_LOOKED_UP = r"embed|\bwte\b|\bwpe\b"
+_LOOKED_UP = r"embed|\bwte\b|\bwpe\b|\bshared\b|relative_attention_bias|final_logits_bias"
+# What an encoder-decoder's encoder graph multiplies by: its own matrices, and those of the decoder's that make keys and
+# values of what was encoded.
+_ENCODING = r"\bencoder\.|EncDecAttention\.[kv]\.|encoder_attn\.[kv]_proj"
 # They see one token of a row, or nothing of them is exported.
 _ONCE_A_ROW = {"classification": "pooler|classifier", "feature_extraction": "pooler"}
 _CACHE_BYTES = 4  # fp32, in every form
@@ -37,6 +40,8 @@ class Work:
     layers: int
     width: int  # D
     cache_width: int  # heads of keys and values times their size; 0 for an encoder
+    encoder: "Work | None" = None
+    """Of an encoder-decoder, whose other figures are the decoder's."""
 
     def operations(self, tokens: float, seen: float) -> tuple[float, float]:
         """Of the weights' products, and of attention, for so many tokens that see `seen` tokens each."""
@@ -66,9 +71,11 @@ def work_of(model: Path, spec: IoSpec) -> Work | None:
         for name, shape in shapes.items()
         if len(shape) == 2 and not re.search(_LOOKED_UP, name) and not re.search(once, name)
     }
+    if spec.encoder is not None:
+        return _work_of_pair(matrices, total, spec, config)
     multiplying = sum(int(np.prod(shape)) for shape in matrices.values())
-    if spec.task in ("masked_lm", "causal_lm") and not any(shape[0] == spec.vocab_size for shape in matrices.values()):
-        multiplying += spec.vocab_size * config.hidden_size  # the head is the table of embeddings
+    if spec.task in ("masked_lm", "causal_lm"):
+        multiplying += _tied_head(matrices, spec, config)
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return Work(
         multiplying=multiplying,
@@ -77,6 +84,22 @@ def work_of(model: Path, spec: IoSpec) -> Work | None:
         width=config.num_attention_heads * size,
         cache_width=spec.cache.heads * spec.cache.head_size if spec.cache else 0,
     )
+
+
+def _tied_head(matrices: Mapping[str, list[int]], spec: IoSpec, config: Any) -> int:
+    """Parameters of a head that is the table of embeddings; 0 where it has a matrix of its own."""
+    own = any(shape[0] == spec.vocab_size for shape in matrices.values())
+    return 0 if own else spec.vocab_size * config.hidden_size
+
+
+def _work_of_pair(matrices: Mapping[str, list[int]], total: int, spec: IoSpec, config: Any) -> Work:
+    assert spec.cross is not None
+    encoding = sum(int(np.prod(shape)) for name, shape in matrices.items() if re.search(_ENCODING, name))
+    decoding = sum(int(np.prod(shape)) for shape in matrices.values()) - encoding
+    decoding += _tied_head(matrices, spec, config)
+    width, layers = spec.cross.heads * spec.cross.head_size, getattr(config, "encoder_layers", config.num_hidden_layers)
+    encoder = Work(encoding, min(1.0, encoding / total), layers, width, 0)
+    return Work(decoding, min(1.0, decoding / total), spec.cross.layers, width, width, encoder)
 
 
 def least_s(
@@ -101,7 +124,8 @@ def least_s(
 def limit_of(row: Mapping[str, Any], work: Work, rates: Mapping[str, Any]) -> dict[str, Any]:
     """`limit_share`, the least time over the measured one, and `limit`, the one that binds; nothing where not known.
 
-    `row`: one of the grid, or of a decoder's steps, for which the cache is that of the middle step.
+    `row`: one of the grid, or of a decoder's steps, for which the cache is that of the middle step. A row of the
+    grid of an encoder-decoder is the encoder's call and the decoder's first step; the limit named is the slower one's.
     """
     batch, decoding = row["batch_size"], "prompt_tokens" in row
     taken_ms = row.get("token_ms" if decoding else "p50_ms")
@@ -109,6 +133,13 @@ def limit_of(row: Mapping[str, Any], work: Work, rates: Mapping[str, Any]) -> di
         return {}
     tokens = batch if decoding else row["padded_tokens"]
     seen = row["prompt_tokens"] + row["new_tokens"] / 2 if decoding else tokens / batch
+    file_bytes, least = row["file_mib"] * 2**20, []
+    if work.encoder is not None and not decoding:  # it is run first, then the decoder takes one token for each text
+        least.append(least_s(work.encoder, row["backend"], file_bytes, rates, tokens, seen))
+        tokens = batch
     cache = work.cache_bytes(batch, seen)
-    least = least_s(work, row["backend"], row["file_mib"] * 2**20, rates, tokens, seen, cache)
-    return {} if least is None else {"limit_share": least[0] * 1e3 / taken_ms, "limit": least[1]}
+    least.append(least_s(work, row["backend"], file_bytes, rates, tokens, seen, cache))
+    known = [one for one in least if one is not None]
+    if not known:
+        return {}
+    return {"limit_share": sum(seconds for seconds, _ in known) * 1e3 / taken_ms, "limit": max(known)[1]}

@@ -6,7 +6,7 @@ torch is imported only by the backends that need it, so that an ONNX process hol
 
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 import psutil
 
-from export.io_spec import IoSpec, Port, read_spec
+from export.io_spec import PAIR_STEMS, IoSpec, Port, graph_files, read_spec
 from trainer.errors import UserError
 from trainer.export_config import ENGINES, ONNX_FILES, Backend
 
@@ -62,15 +62,33 @@ class TorchRunner:
 
 @dataclass(frozen=True)
 class Pair:
-    """The two graphs of an encoder-decoder, each with a face of its own."""
+    """The two graphs of an encoder-decoder, each with a face of its own; together they are a runner, too."""
 
     encoder: Runner
     decoder: Runner
+    spec: IoSpec
+
+    def run(self, inputs: Mapping[str, np.ndarray]) -> Arrays:
+        """The decoder's outputs for the encoder's inputs and `decoder_input_ids`, int64 [B, T]: as `feeds` says."""
+        return self.decoder.run(self.feeds(inputs))
+
+    def feeds(self, inputs: Mapping[str, np.ndarray]) -> Arrays:
+        """The decoder's inputs once the encoder has run; without `decoder_input_ids` those of the first step, a start
+        token for each text."""
+        assert self.spec.encoder is not None and self.spec.cross is not None
+        encoded = self.spec.cross.next_past(
+            self.encoder.run({port.name: inputs[port.name] for port in self.spec.encoder.inputs})
+        )
+        mask_BS = inputs["attention_mask"]
+        start_B1 = np.full((len(mask_BS), 1), self.spec.start_id, dtype=np.int64)
+        return self.spec.feeds(inputs.get("decoder_input_ids", start_B1), mask_BS, encoded)
 
 
-def open_runner(folder: Path, backend: Backend, threads: int, provider: str = CPU_PROVIDER) -> Runner:
+def open_runner(
+    folder: Path, backend: Backend, threads: int, provider: str = CPU_PROVIDER, spec: IoSpec | None = None
+) -> "Runner | Pair":
     """A runner for `folder` (a model folder for eager and compile, an export folder for the others), in PyTorch on the
-    kind of device that ONNX Runtime's `provider` stands for.
+    kind of device that ONNX Runtime's `provider` stands for; for the `spec` of an encoder-decoder a `Pair`.
 
     Raises UserError where the folder lacks the backend's file, or the backend is not installed as asked.
     """
@@ -78,9 +96,29 @@ def open_runner(folder: Path, backend: Backend, threads: int, provider: str = CP
         from export.rebuild import open_fitting
 
         return open_fitting(folder, ENGINES[backend])
+    pair = spec if spec and spec.encoder else None
+    if backend in ONNX_FILES and pair:
+        files = [folder / file for file in graph_files(PAIR_STEMS, backend)]
+        return open_onnx_graphs(files, pair, threads, provider)
     if backend in ONNX_FILES:
         return open_onnx(folder / ONNX_FILES[backend], threads, provider)
-    return open_torch(folder, threads, backend == "compile", "cpu" if provider == CPU_PROVIDER else "cuda")
+    open_it = open_torch_pair if pair else open_torch
+    return open_it(folder, threads, backend == "compile", "cpu" if provider == CPU_PROVIDER else "cuda")
+
+
+def open_onnx_graphs(
+    files: Sequence[Path], spec: IoSpec, threads: int, provider: str = CPU_PROVIDER
+) -> "Runner | Pair":
+    """The graph of a model, or both of an encoder-decoder, in the order of `IoSpec.parts`."""
+    return together([open_onnx(file, threads, provider) for file in files], spec)
+
+
+def together(graphs: "Sequence[Runner]", spec: IoSpec) -> "Runner | Pair":
+    """The runner of a model's graphs: of one that one itself."""
+    if spec.encoder is None:
+        return graphs[0]
+    encoder, decoder = graphs
+    return Pair(encoder, decoder, spec)
 
 
 def open_onnx(path: Path, threads: int, provider: str = CPU_PROVIDER, profile: Path | None = None) -> OnnxRunner:
@@ -141,11 +179,12 @@ def open_torch(folder: Path, threads: int, compiled: bool = False, device: str =
     return torch_runner(load_model(folder, spec), spec, compiled, device)
 
 
-def open_torch_pair(folder: Path, threads: int) -> Pair:
-    """An encoder-decoder's folder in PyTorch on the CPU, its weights loaded once."""
-    spec, decoder = read_spec(folder), open_torch(folder, threads)
+def open_torch_pair(folder: Path, threads: int, compiled: bool = False, device: str = "cpu") -> Pair:
+    """An encoder-decoder's folder in PyTorch, its weights loaded once; otherwise as `open_torch`."""
+    spec, decoder = read_spec(folder), open_torch(folder, threads, compiled, device)
     assert spec.encoder is not None
-    return Pair(torch_runner(decoder.call.model, spec.encoder), decoder)  # type: ignore[attr-defined] - a Traceable
+    model = decoder.call.model  # type: ignore[attr-defined] - of a Traceable, which a compiled one hands on
+    return Pair(torch_runner(model, spec.encoder, compiled, device), decoder, spec)
 
 
 def torch_runner(model: Any, spec: IoSpec, compiled: bool = False, device: str = "cpu") -> TorchRunner:

@@ -109,7 +109,8 @@ def read_packed(packed: Path) -> dict[str, Any]:
             f"a GPU and {about['image']}",
             "run `docker compose up` in that folder, or pack with pack.backend=onnxruntime",
         )
-    check_graph(packed / "models" / about["models"]["network"] / "1" / "model.onnx")
+    for network in about.get("networks", [about["models"]["network"]]):
+        check_graph(packed / "models" / network / "1" / "model.onnx")
     return record
 
 

@@ -3,6 +3,7 @@ Precision is written in the ONNX and read back from the engine by `audit`; runni
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from importlib import util
 from pathlib import Path
 from types import ModuleType
@@ -15,9 +16,10 @@ from export.audit import audit, read_layers
 from export.cases import load_documents
 from export.engine_files import Place, plan_name, write_manifest
 from export.engine_proof import prove_engine
-from export.io_spec import BATCH, PAST, SEQUENCE, IoSpec, Port
+from export.files import hashes
+from export.io_spec import BATCH, ENCODED, PAST, SEQUENCE, IoSpec, Port
 from export.profiles import shape_of
-from export.runners import open_onnx, usable_threads
+from export.runners import open_onnx_graphs, usable_threads
 from export.tensorrt_library import load_library, messages_of, this_place
 from export.tensorrt_runner import open_engine
 from export.verified import Subject, Verified, subjects
@@ -171,10 +173,6 @@ def open_builder(settings: TensorRT) -> Builder:
 
 def build_engines(recipe: Recipe, settings: TensorRT, builder: Builder, subject: Subject) -> Path:
     """Write the engine folder of one model; returns it. On any failure nothing new is left behind."""
-    if subject.spec.encoder is not None:
-        raise UserError(
-            f"{subject.name} is a {subject.spec.architecture}", "a model of one graph", "name others in tensorrt.models"
-        )
     chosen = choose_variants(settings, builder, subject)
     target = recipe.stage_dir("tensorrt") / subject.name
     timing = target.parent / _timing_name(builder.place)
@@ -182,21 +180,11 @@ def build_engines(recipe: Recipe, settings: TensorRT, builder: Builder, subject:
     with staging(target) as partial:
         for one in chosen:
             for compute_capability in capabilities_for(one.variant, settings, builder):
-                plan, description = builder.build(one.file, subject.spec, settings, compute_capability, timing)
-                path = partial / plan_name(one.variant, compute_capability)
-                path.write_bytes(plan)
-                if builder.place.compute_capability == compute_capability:
-                    description = builder.describe(plan)
-                what = f"{subject.name} {one.variant} for {compute_capability}"
-                layers = read_layers(description)
-                audited = audit(what, one.variant, layers, products(one.file), settings.max_wider_share)
-                about = _about(settings, subject.spec, one.variant, compute_capability) | {"audit": audited}
-                write_manifest(path, builder.place, one.file, about)
-                evidence.append(_evidence("audit", one.variant, compute_capability, path, audited))
-                if builder.place.compute_capability == compute_capability:
-                    proof = prove(recipe, what, subject, one, path)
-                    evidence.append(_evidence("parity", one.variant, compute_capability, path, proof["metrics"]))
-                _tell(what, path, audited)
+                made = [
+                    _build_graph(settings, builder, subject, part, one, compute_capability, partial, timing)
+                    for part in subject.spec.parts
+                ]
+                evidence += _describe(recipe, settings, builder, subject, one, compute_capability, made)
         write_artifact(
             partial,
             "engines",
@@ -208,15 +196,62 @@ def build_engines(recipe: Recipe, settings: TensorRT, builder: Builder, subject:
     return target
 
 
-def prove(recipe: Recipe, what: str, subject: Subject, one: Verified, plan: Path) -> dict[str, Any]:
+@dataclass(frozen=True)
+class _Made:
+    """An engine that was written, of one graph, and what its audit found."""
+
+    part: IoSpec
+    what: str
+    graph: Path
+    plan: Path
+    audited: dict[str, Any]
+
+
+def _build_graph(
+    settings: TensorRT, builder: Builder, subject: Subject, part: IoSpec, one: Verified, compute_capability: str,
+    partial: Path, timing: Path,
+) -> _Made:  # fmt: skip
+    """Write the engine of one graph, and hold its layers against the precision of its form."""
+    graph = dict(zip(subject.spec.parts, one.files, strict=True))[part]
+    plan, description = builder.build(graph, part, settings, compute_capability, timing)
+    path = partial / plan_name(one.variant, compute_capability, part.stem)
+    path.write_bytes(plan)
+    if builder.place.compute_capability == compute_capability:
+        description = builder.describe(plan)
+    what = f"{subject.name} {one.variant} for {compute_capability}" + (f" ({part.stem})" if part.cross else "")
+    audited = audit(what, one.variant, read_layers(description), products(graph), settings.max_wider_share)
+    return _Made(part, what, graph, path, audited)
+
+
+def _describe(
+    recipe: Recipe, settings: TensorRT, builder: Builder, subject: Subject, one: Verified, compute_capability: str,
+    made: Sequence[_Made],
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Write the manifests of one form's engines, of an encoder-decoder's each names the other; returns the evidence."""
+    evidence = []
+    for each in made:
+        about = _about(settings, each.part, one.variant, compute_capability) | {"audit": each.audited}
+        if len(made) > 1:
+            about["beside"] = [hashes(other.plan) for other in made if other is not each]
+        write_manifest(each.plan, builder.place, each.graph, about)
+        kind, of = each.part.prefix, (one.variant, compute_capability, each.plan)
+        evidence.append(_evidence(f"{kind}audit", *of, each.audited))
+        if builder.place.compute_capability == compute_capability:
+            proof = prove(recipe, each.what, subject, each.part, one, each.plan)
+            evidence.append(_evidence(f"{kind}parity", *of, proof["metrics"]))
+        _tell(each.what, each.plan, each.audited)
+    return evidence
+
+
+def prove(recipe: Recipe, what: str, subject: Subject, part: IoSpec, one: Verified, plan: Path) -> dict[str, Any]:
     """Run an engine on the GPU that is here, on real text within its profiles; evidence that it gives the numbers of
     the fp32 graph (or of its own, where there is none). GateFailed where it does not."""
-    parity = (recipe.export or Export()).parity
-    source = open_onnx(subject.variants.get("fp32", one).file, usable_threads())
-    engine = open_engine(plan, subject.spec, one.file)
+    parity, graphs = (recipe.export or Export()).parity, subject.spec.parts
+    sources = dict(zip(graphs, subject.variants.get("fp32", one).files, strict=True))
+    source = open_onnx_graphs([sources[each] for each in part.parts], part, usable_threads())
+    engine = open_engine(plan, part, dict(zip(graphs, one.files, strict=True))[part])
     documents = load_documents(recipe, subject.folder)
-    tolerance = getattr(parity, one.variant)
-    return prove_engine(what, subject.spec, engine, source, documents, parity, tolerance, recipe.seed)
+    return prove_engine(what, part, engine, source, documents, parity, getattr(parity, one.variant), recipe.seed)
 
 
 def choose_variants(settings: TensorRT, builder: Builder, subject: Subject) -> list[Verified]:
@@ -232,7 +267,7 @@ def choose_variants(settings: TensorRT, builder: Builder, subject: Subject) -> l
         return [subject.variants[name] for name in settings.variants]
     chosen = []
     for one in subject.variants.values():
-        problem = builder.problem(one.file)
+        problem = next(filter(None, map(builder.problem, one.files)), "")
         if problem:
             Console(highlight=False).print(f"{subject.name} {one.variant}: no engine: {problem}", soft_wrap=True)
         else:
@@ -280,11 +315,14 @@ def products(path: Path) -> list[str]:
 
 
 def profile_shapes(port: Port, spec: IoSpec, profile: Profile) -> tuple[tuple[int, ...], ...]:
-    """Smallest, best tuned and largest shape of one input."""
+    """Smallest, best tuned and largest shape of one input.
+
+    A decoder with an encoder takes one token a call, as generating does: the profile's length is the encoded text's.
+    """
     lengths = [min(length, spec.max_length) for length in profile.sequence_length]
     pasts = [min(length, spec.max_length) for length in profile.past_length]
     return tuple(
-        shape_of(port, {BATCH: batch, SEQUENCE: length, PAST: past})
+        shape_of(port, {BATCH: batch, SEQUENCE: 1 if spec.encoder else length, ENCODED: length, PAST: past})
         for batch, length, past in zip(profile.batch_size, lengths, pasts, strict=True)
     )
 
@@ -310,6 +348,7 @@ def _timing_name(place: Place) -> str:
 def _about(settings: TensorRT, spec: IoSpec, variant: str, compute_capability: str) -> dict[str, Any]:
     return {
         "variant": variant,
+        "stem": spec.stem,
         "compute_capability": compute_capability,
         "profiles": engine_shapes(spec, settings),
         "tf32": settings.tf32,

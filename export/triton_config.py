@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from export.io_spec import BATCH, IoSpec, Port
+from export.io_spec import BATCH, ENCODED, PAST, SEQUENCE, TOTAL, IoSpec, Port
 from trainer.errors import UserError
 from trainer.serving_config import Pack
 
@@ -33,9 +33,15 @@ Message = dict[str, Any]
 
 @dataclass(frozen=True)
 class Names:
-    """Names of the four models that serve one exported model."""
+    """Names of the models that serve one exported model: four, of an encoder-decoder five."""
 
     network: str
+
+    def of(self, spec: IoSpec) -> str:
+        """The name of a graph."""
+        if spec.cross is None:
+            return self.network
+        return f"{self.network}_decoder" if spec.encoder else f"{self.network}_encoder"
 
     @property
     def tokenizer(self) -> str:
@@ -54,7 +60,8 @@ class Names:
 class Engines:
     """TensorRT engines of one variant: compute capability ("8.0") to the plan for it, all of the same profiles.
 
-    `max_length`: tokens in a text that every profile takes.
+    `max_length`: tokens in a text that every profile takes; `longest_past`: tokens before the one that the decoder of
+    an encoder-decoder takes.
     """
 
     plans: Mapping[str, Path]
@@ -63,6 +70,7 @@ class Engines:
     library_version: str
     content_sha256: str
     evidence: list[dict[str, Any]]
+    longest_past: int | None = None
 
     @property
     def library_number(self) -> int:
@@ -94,7 +102,7 @@ def network_config(names: Names, spec: IoSpec, settings: Pack, engines: Engines 
     """The exported graph, or engines of it, of which Triton takes the one for its GPU."""
     kind = {"cpu": "KIND_CPU", "gpu": "KIND_GPU"}[settings.device]
     config: Message = {
-        "name": names.network,
+        "name": names.of(spec),
         "backend": settings.backend,
         "max_batch_size": settings.max_batch_size,
         "input": [_port(port) for port in spec.inputs],
@@ -112,9 +120,9 @@ def network_config(names: Names, spec: IoSpec, settings: Pack, engines: Engines 
 
 
 def tokenizer_config(names: Names, spec: IoSpec, settings: Pack) -> Message:
-    """Text to all inputs of the network."""
+    """Text to all inputs of the network, of an encoder-decoder the encoder's."""
     texts = [_text(name) for name in texts_of(spec)]
-    return _python_model(names.tokenizer, settings, texts, [_port(port) for port in spec.inputs])
+    return _python_model(names.tokenizer, settings, texts, [_port(port) for port in spec.reader.inputs])
 
 
 def texts_of(spec: IoSpec) -> tuple[str, ...]:
@@ -125,23 +133,30 @@ def texts_of(spec: IoSpec) -> tuple[str, ...]:
 def answer_inputs(spec: IoSpec) -> list[str]:
     """Names of what the answering model reads, in its order: tokens, the network's outputs, texts."""
     texts = texts_of(spec) if spec.task in _READS_TEXTS else ()
-    return [port.name for port in (*_token_ports(spec), *_scores(spec))] + list(texts)
+    return [port.name for port in (*_token_ports(spec), *_scores(spec.reader))] + list(texts)
 
 
 def answer_config(names: Names, spec: IoSpec, settings: Pack) -> Message:
-    """The network's outputs, the tokens it was given and, where places in it are answered, the text, to an answer."""
-    ports = {port.name: _port(port) for port in (*_token_ports(spec), *_scores(spec))}
+    """The network's outputs, the tokens it was given and, where places in it are answered, the text, to an answer.
+
+    Of an encoder-decoder it calls the decoder, token by token, and has as many instances as that: they wait for it.
+    """
+    ports = {port.name: _port(port) for port in (*_token_ports(spec), *_scores(spec.reader))}
     inputs = [ports[name] if name in ports else _text(name) for name in answer_inputs(spec)]
-    return _python_model(names.answer, settings, inputs, _answers(spec))
+    answering = _python_model(names.answer, settings, inputs, _answers(spec))
+    if spec.encoder is not None:
+        answering["instance_group"][0]["count"] = settings.instances
+    return answering
 
 
 def ensemble_config(names: Names, spec: IoSpec, settings: Pack) -> Message:
-    """Text in, answer out. A tensor has one name in all steps."""
-    texts = texts_of(spec)
+    """Text in, answer out. A tensor has one name in all steps. An encoder-decoder's decoder is no step of it, as it is
+    called many times: that is the answering model's work."""
+    texts, reader = texts_of(spec), spec.reader
     outputs = _answers(spec)
     steps = [
-        _step(names.tokenizer, texts, [port.name for port in spec.inputs]),
-        _step(names.network, [port.name for port in spec.inputs], [port.name for port in _scores(spec)]),
+        _step(names.tokenizer, texts, [port.name for port in reader.inputs]),
+        _step(names.of(reader), [port.name for port in reader.inputs], [port.name for port in _scores(reader)]),
         _step(names.answer, answer_inputs(spec), [port["name"] for port in outputs]),
     ]
     return {
@@ -176,7 +191,9 @@ def _step(model: str, inputs: Sequence[str], outputs: Sequence[str]) -> Message:
 
 
 def _scores(spec: IoSpec) -> list[Port]:
-    """The network's outputs other than a cache."""
+    """The network's outputs that are made use of: all but a cache, or of an encoder with a decoder what that reads."""
+    if spec.cross is not None and spec.encoder is None:
+        return [port for port in spec.outputs if port.name in spec.cross.present_names]
     cache = spec.cache.present_names if spec.cache else ()
     return [port for port in spec.outputs if port.name not in cache]
 
@@ -194,11 +211,17 @@ def _batching(settings: Pack) -> Message:
 
 
 def _warm_up(spec: IoSpec, settings: Pack) -> list[Message]:
-    """Zeros of the shortest shape, alone and in the largest batch: the first call allocates, later ones are quick."""
+    """Zeros of the shortest shape, alone and in the largest batch: the first call allocates, later ones are quick.
+
+    A cache is empty, and a decoder with an encoder takes one token.
+    """
     free = min(settings.pad_to_multiple_of, spec.max_length)
+    sizes = {SEQUENCE: 1 if spec.encoder else free, PAST: 0, TOTAL: free, ENCODED: free}
+    dims = {
+        port.name: [axis if isinstance(axis, int) else sizes[axis] for axis in port.axes[1:]] for port in spec.inputs
+    }
     inputs = [
-        {"key": port.name, "value": {**_port(port), "dims": _fixed(port, free), "zero_data": True}}
-        for port in spec.inputs
+        {"key": port.name, "value": {**_port(port), "dims": dims[port.name], "zero_data": True}} for port in spec.inputs
     ]
     for one in inputs:
         del one["value"]["name"]
@@ -206,14 +229,8 @@ def _warm_up(spec: IoSpec, settings: Pack) -> list[Message]:
     return [{"name": f"batch_{size}", "batch_size": size, "inputs": inputs} for size in sizes]
 
 
-def _fixed(port: Port, length: int) -> list[int]:
-    """A port's dims where T is `length`; every other free axis, which is that of a cache, is empty."""
-    token = len(port.axes) == 2
-    return [axis if isinstance(axis, int) else length if token else 0 for axis in port.axes[1:]]
-
-
 def _token_ports(spec: IoSpec) -> list[Port]:
-    return [port for port in spec.inputs if port.name in _TOKEN_PORTS]
+    return [port for port in spec.reader.inputs if port.name in _TOKEN_PORTS]
 
 
 def _text(name: str) -> Message:

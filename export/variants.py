@@ -26,12 +26,6 @@ TRIED: tuple[Precision, ...] = tuple(one for one in get_args(Precision) if one !
 
 def check_variants(name: str, spec: IoSpec, settings: Export) -> None:
     """Raise UserError for a form that this model cannot have, before anything is made; auto leaves those out."""
-    if settings.variants == "auto" and len(spec.parts) > 1:
-        raise UserError(
-            f"export.variants is auto, and {name} is a {spec.architecture} of two graphs",
-            "forms by name for an encoder-decoder: its graphs are timed and judged apart",
-            "set export.variants: [fp32, int8]",
-        )
     for variant in () if settings.variants == "auto" else settings.variants:
         if variant == "fp8" and settings.opset < FEWEST_OPSET:
             needed = f"{FEWEST_OPSET} or more: QuantizeLinear has no float8 before"
@@ -46,6 +40,12 @@ def check_variant(name: str, spec: IoSpec, variant: Precision, provider: str) ->
             f"there is no int4 of {name}, a {spec.architecture}",
             "a model that generates text: elsewhere int4 is slower than int8 and worse",
             "take int8 or int8_static for it",
+        )
+    if variant == "fp8" and spec.encoder is not None:
+        raise UserError(
+            f"there is no fp8 of {name}, a {spec.architecture}",
+            "a model of one graph: what an encoder hands its decoder would need ranges of its own",
+            "take fp16 or int8 for it",
         )
     if variant == "bf16":
         check_bf16(provider)

@@ -28,9 +28,13 @@ class Verified:
     """Of an encoder-decoder, whose `file` is the decoder's."""
 
     @property
+    def files(self) -> tuple[Path, ...]:
+        """All graphs, in the order of `IoSpec.parts`."""
+        return (self.encoder_file, self.file) if self.encoder_file else (self.file,)
+
+    @property
     def size_bytes(self) -> int:
-        files = [self.file, *([self.encoder_file] if self.encoder_file else [])]
-        return sum(path.stat().st_size for file in files for path in (file, *data_files(file)))
+        return sum(path.stat().st_size for file in self.files for path in (file, *data_files(file)))
 
 
 @dataclass(frozen=True)

@@ -4,17 +4,18 @@ Nothing is written but a report; making exports is `export`'s.
 """
 
 import contextlib
+import functools
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
 from export.bisect import first_departure, first_module
 from export.calibration import text_finder
 from export.cases import load_documents
-from export.gates import Gates
+from export.gates import Gates, TaskGate
 from export.io_spec import IoSpec, read_spec
-from export.runners import open_onnx, usable_threads
+from export.runners import open_onnx, open_onnx_graphs, usable_threads
 from export.to_onnx import export_graph, load_model
 from export.variants import TRIED, check_variant, check_variants, make_variant
 from trainer.artifact import ARTIFACT_FILE, read_artifact, write_json
@@ -52,32 +53,51 @@ def verify_model(recipe: Recipe, settings: Export, name: str, folder: Path, bise
     check_variants(name, spec, settings)
     documents = load_documents(recipe, folder)
     exported, find = recipe.stage_dir("export") / name, text_finder(recipe, folder, documents)
-    for part in spec.parts:
-        gates = Gates(folder, part, settings, documents, find, recipe.seed)
-        yield from _verify_graph(settings, name, folder, gates, exported, bisect)
+    variants = _wanted(settings, name, spec, exported)
+    with tempfile.TemporaryDirectory() as scratch:
+        for part in spec.parts:
+            gates = Gates(folder, part, settings, documents, find, recipe.seed)
+            yield from _verify_graph(settings, name, folder, gates, variants, exported, Path(scratch), bisect)
+        if spec.encoder is not None and settings.quality is not None:
+            gate = TaskGate(folder, spec, settings, documents, recipe.seed)
+            for variant in variants:
+                files = [_form(exported, Path(scratch), file) for file in spec.files(variant)]
+                names, are_there = (file.name for file in files), (file.parent == exported for file in files)
+                row = {"model": name, "variant": variant, "file": " and ".join(names), "exported": all(are_there)}
+                yield row | _held(functools.partial(_check_whole, settings, name, spec, gate, variant, files))
+
+
+def _form(exported: Path, scratch: Path, name: str) -> Path:
+    """A form's file: the exported one, or the one made anew where there is none."""
+    return exported / name if (exported / name).is_file() else scratch / name
+
+
+def _check_whole(
+    settings: Export, name: str, spec: IoSpec, gate: TaskGate, variant: Precision, files: list[Path]
+) -> list[dict[str, Any]]:
+    """Evidence of an encoder-decoder's two graphs together, on what it is for."""
+    runner = open_onnx_graphs(files, spec, usable_threads(), settings.provider)
+    return gate.check(f"{name} {variant}", variant, files, runner)
 
 
 def _verify_graph(
-    settings: Export, name: str, folder: Path, gates: Gates, exported: Path, bisect: bool
-) -> Iterator[dict[str, Any]]:
+    settings: Export, name: str, folder: Path, gates: Gates, variants: Sequence[Precision], exported: Path,
+    scratch: Path, bisect: bool,
+) -> Iterator[dict[str, Any]]:  # fmt: skip
     spec = gates.spec
-    with tempfile.TemporaryDirectory() as scratch:
-        raw = Path(scratch) / spec.file("fp32")
-        wanted: dict[Precision, Path] = {
-            variant: exported / spec.file(variant) for variant in _wanted(settings, name, spec, exported)
-        }
-        if bisect or not all(file.is_file() for file in wanted.values()):
-            export_graph(load_model(folder, spec), spec, raw, settings.opset)
-        for variant, file in wanted.items():
-            is_there = file.is_file()
-            if not is_there:
-                file = Path(scratch) / file.name
-                make_variant(variant, raw, file, lambda: gates.calibration, settings.calibration)
-            row = {"model": name, "variant": variant, "file": file.name, "exported": is_there}
-            row |= _held(gates, settings, name, variant, file)
-            if bisect and not row["passed"]:
-                row["found"] += f"\n    {_where(spec, settings, variant, folder, raw, file, gates.unpadded())}"
-            yield row
+    raw = scratch / spec.file("fp32")
+    wanted: dict[Precision, Path] = {variant: exported / spec.file(variant) for variant in variants}
+    if bisect or not all(file.is_file() for file in wanted.values()):
+        export_graph(load_model(folder, spec), spec, raw, settings.opset)
+    for variant, named in wanted.items():
+        file = _form(exported, scratch, named.name)
+        if file != named:
+            make_variant(variant, raw, file, lambda: gates.calibration, settings.calibration)
+        row = {"model": name, "variant": variant, "file": file.name, "exported": file == named}
+        row |= _held(functools.partial(_check_graph, settings, name, gates, variant, file))
+        if bisect and not row["passed"]:
+            row["found"] += f"\n    {_where(spec, settings, variant, folder, raw, file, gates.unpadded())}"
+        yield row
 
 
 def _wanted(settings: Export, name: str, spec: IoSpec, exported: Path) -> tuple[Precision, ...]:
@@ -95,10 +115,15 @@ def _wanted(settings: Export, name: str, spec: IoSpec, exported: Path) -> tuple[
     return tuple(possible)
 
 
-def _held(gates: Gates, settings: Export, name: str, variant: Precision, file: Path) -> dict[str, Any]:
-    what = f"{name} {variant} ({file.name})"
+def _check_graph(settings: Export, name: str, gates: Gates, variant: Precision, file: Path) -> list[dict[str, Any]]:
+    runner = open_onnx(file, usable_threads(), settings.provider)
+    return gates.check(f"{name} {variant} ({file.name})", variant, file, runner)
+
+
+def _held(check: Callable[[], list[dict[str, Any]]]) -> dict[str, Any]:
+    """What a check found: evidence, or why the form failed."""
     try:
-        evidence = gates.check(what, variant, file, open_onnx(file, usable_threads(), settings.provider))
+        evidence = check()
     except GateFailed as failure:
         return {"passed": False, "found": str(failure).replace("\n", "; ")}
     return {"passed": True, "found": {proof["what"]: proof["metrics"] for proof in evidence}}

@@ -23,6 +23,7 @@ LONGEST = (
     "test_lamb.py",
     "test_tensorrt.py",
     "test_serve.py",
+    "test_seq2seq.py",
 )
 
 

@@ -87,7 +87,8 @@ class Quality(Section):
     """What a form must keep of its source's quality: its accuracy over the source's, or the source's perplexity over
     its own. Fails if less is kept, or if the 95 % bootstrap interval is too wide to tell."""
     sequences: PositiveInt = 256
-    """Rows of text, each a piece of one document, or of `labelled`."""
+    """Rows of text, each a piece of one document, or of `labelled`. An encoder-decoder encodes a row's first half, and
+    its perplexity is that of the second."""
     sequence_length: PositiveInt = 128
     labelled: Path | None = None
     """A jsonl file for models with such a head, up to `sequences` rows evenly over it: {text, label} for accuracy;
@@ -175,7 +176,7 @@ class Decode(Section):
 
 class Load(Section):
     """Requests that arrive at random (Poisson) whether or not earlier ones were answered, each a real document, for a
-    server process with a queue. A decoder answers with `new_tokens`."""
+    server process with a queue. A model that generates answers with `new_tokens`."""
 
     p99_limit_ms: Positive
     """What 99 of 100 requests may wait at most, from when they were due to their answer."""

@@ -17,7 +17,7 @@ class Profile(Section):
     batch_size: tuple[PositiveInt, PositiveInt, PositiveInt]
     sequence_length: tuple[PositiveInt, PositiveInt, PositiveInt]
     past_length: tuple[NonNegativeInt, NonNegativeInt, NonNegativeInt] = (0, 128, 1024)
-    """Of a decoder's cache; no other model has one."""
+    """Of a decoder's cache; no other model has one. Of an encoder-decoder `sequence_length` is its text's."""
 
     @model_validator(mode="after")
     def _rising(self) -> "Profile":
@@ -78,6 +78,8 @@ class Pack(Section):
     """Texts are padded to a multiple of so many tokens: Triton merges only requests of one shape."""
     top_k: PositiveInt = 5
     """Answers with so many candidates, as far as there are."""
+    max_new_tokens: PositiveInt = 64
+    """Of the text that an encoder-decoder answers with; one that has not ended by then is cut."""
     image: Annotated[str, Field(min_length=1)] | None = None
     """Container image of Triton; by default a newest one, for engines one with the TensorRT that built them."""
 

@@ -1,7 +1,9 @@
 """Tiny models of every supported architecture, with a tokenizer, built from configs: weights large enough that every
 layer, position and mask shows in the logits."""
 
+import contextlib
 import shutil
+import socket
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import torch
 import transformers as hf
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
+from export.bench_inputs import quality_batches
 from export.io_spec import read_spec
 from export.to_onnx import export_graph, load_model
 
@@ -88,6 +91,11 @@ _WIDER = {"t5": 3, "mt5": 3, "bart": 6}
 
 def _without(values: dict, key: str) -> dict:
     return {name: value for name, value in values.items() if name != key}
+
+
+def architectures(*slow: str) -> list:
+    """Names of all, those that say again what another one says among the slow tests."""
+    return [pytest.param(name, marks=pytest.mark.slow) if name in slow else name for name in CONFIGS]
 
 
 def build_model(name: str, seed: int = 0) -> torch.nn.Module:
@@ -195,8 +203,105 @@ def packed(exported_folder, model_folder, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def builder():
+    """TensorRT-RTX, which builds engines without a GPU."""
+    from export.to_tensorrt import Builder
+
+    pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed: pip install '.[rtx]'")
+    return Builder("tensorrt_rtx")
+
+
+@pytest.fixture(scope="session")
+def environment(tmp_path_factory) -> Path:
+    """Where the Triton server is installed: about ten seconds, from the package index."""
+    from export import serve
+    from export.triton_image import triton_image
+    from trainer.errors import UserError
+
+    folder = tmp_path_factory.mktemp("serve") / "environment"
+    try:
+        serve.ensure_environment(folder, triton_image())
+    except UserError as problem:
+        pytest.skip(f"no Triton server: {str(problem).splitlines()[0]}")
+    return folder
+
+
+def free_ports() -> list[int]:
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(3)]
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        return [one.getsockname()[1] for one in sockets]
+
+
+@pytest.fixture(scope="session")
 def documents() -> list[np.ndarray]:
     """Token ids of a few documents of unequal length."""
     tokenizer = build_tokenizer()
     texts = [_TEXT * repeats + f"# {repeats}\n" for repeats in (1, 3, 9)]
     return [np.asarray(tokenizer(text, add_special_tokens=False)["input_ids"], dtype=np.int64) for text in texts]
+
+
+@pytest.fixture(scope="session")
+def pieces(documents) -> list[np.ndarray]:
+    """Short documents of unequal lengths, so that batches of them are padded."""
+    text, random = np.tile(np.concatenate(documents), 2), np.random.default_rng(0)
+    ends = random.integers(8, 20, size=len(text) // 16).cumsum()
+    return [piece for piece in np.split(text, ends) if len(piece) >= 8]
+
+
+@pytest.fixture(scope="session")
+def trained_pair(pieces, tmp_path_factory) -> Callable[[str], Path]:
+    """Gives the folder of a tiny encoder-decoder that learnt the documents' text, the later half of a row from the
+    earlier: random weights have no quality that a fault could cost."""
+    root = tmp_path_factory.mktemp("trained")
+
+    def give(name: str) -> Path:
+        folder = root / name
+        if not folder.exists():
+            model = build_model(name, 1)
+            build_tokenizer().save_pretrained(folder)
+            model.save_pretrained(folder)
+            batches = quality_batches(pieces, read_spec(folder), folder, 16, 40, seed=0)
+            learn(model.train(), batches, steps=150)
+            model.eval().save_pretrained(folder)
+        return folder
+
+    return give
+
+
+# int8 of models this small is far off at some positions; what it keeps of the quality is what is held.
+PAIR_GATES = {
+    "variants": ["fp32", "int8"],
+    "quality": {"sequences": 40, "sequence_length": 16, "share": 0.95},
+    "parity": {"shapes": [[3, 9]], "int8": {"relative_rms": 0.4, "min_top1": 0.0}},
+}
+
+
+@pytest.fixture(scope="session")
+def exported_pair(trained_pair, pieces, tmp_path_factory) -> Callable[[str], Path]:
+    """Gives the export folder (fp32 and int8, past both gates) of a trained encoder-decoder; not to be changed."""
+    from export.export import export_model
+    from trainer.config import Recipe
+    from trainer.export_config import Export
+
+    root = tmp_path_factory.mktemp("exported_pairs")
+
+    def give(name: str) -> Path:
+        folder = root / "export" / name
+        if not folder.exists():
+            settings = Export.model_validate(PAIR_GATES)
+            export_model(Recipe(run_dir=root), settings, name, trained_pair(name), pieces)
+        return folder
+
+    return give
+
+
+def learn(model: torch.nn.Module, batches: list[dict[str, np.ndarray]], steps: int) -> None:
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    torch.manual_seed(0)
+    for step in range(steps):
+        batch = {key: torch.from_numpy(value) for key, value in batches[step % len(batches)].items()}
+        model(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()

@@ -30,8 +30,10 @@ class Context:
 
     def get_tensor_shape(self, name):
         batch, new = self.shapes["input_ids"]
-        past = self.shapes["attention_mask"][1] - new
-        sizes = {BATCH: batch, SEQUENCE: new, PAST: past}
+        sizes = {BATCH: batch, SEQUENCE: new, PAST: 0}
+        for port in self.engine.spec.inputs:  # a cache's third axis: tokens before, or those of the encoder's text
+            if port.name.startswith("past_key_values"):
+                sizes[str(port.axes[2])] = self.shapes[port.name][2]
         return shape_of(next(port for port in self.engine.spec.outputs if port.name == name), sizes)
 
     def set_tensor_address(self, name, address):

@@ -75,7 +75,7 @@ def test_how_far_steps_go_within_the_profiles(gpt2):
     assert steps_within(profiles_of(gpt2, PROFILES[1:]), gpt2, 72)[2] == 0  # no prompt
 
 
-@pytest.mark.parametrize("name", SEEDS)
+@pytest.mark.parametrize("name", ["gpt2", pytest.param("llama", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("prompts", [PROMPTS, PROMPTS[:1]], ids=["batch of three lengths", "one"])
 def test_texts_are_those_of_the_graph_and_nothing_is_copied(name, prompts, model_folder, raw_graph):
     """Keys and values are read at the very addresses at which the step before wrote them, through all profiles."""

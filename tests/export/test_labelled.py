@@ -138,10 +138,12 @@ def test_a_form_that_lost_accuracy_fails(graded, documents, tmp_path):
         model.classifier.bias.copy_(model.classifier.bias.roll(1))
     model.save_pretrained(spoilt)
     gates = Gates(folder, read_spec(folder), Export.model_validate(section), documents, lambda needed: documents, 0)
-    assert gates.quality.value == 1.0
-    assert check_quality("m", gates.quality, gates.score(open_torch(folder, 1)), 0.99)["metrics"]["kept"] == 1.0
+    assert gates.task.quality.value == 1.0
+    assert (
+        check_quality("m", gates.task.quality, gates.task.score(open_torch(folder, 1)), 0.99)["metrics"]["kept"] == 1.0
+    )
     with pytest.raises(GateFailed, match=r"accuracy 0.* against 1, .*% \(.*\) of its source's quality is kept"):
-        check_quality("m", gates.quality, gates.score(open_torch(spoilt, 1)), 0.99)
+        check_quality("m", gates.task.quality, gates.task.score(open_torch(spoilt, 1)), 0.99)
 
 
 def test_rows_that_do_not_fit_are_named(graded, tmp_path):

@@ -289,8 +289,8 @@ def test_a_variant_or_model_that_is_not_there_is_named(recipe, tmp_path, exporte
     only_int8 = replace(subject, variants={"int8": subject.variants["int8"]})
     with pytest.raises(UserError, match=r"pack.variant is fp32, which .*[\s\S]*one of int8"):
         pack.pack_model(one, Pack(variant="fp32"), only_int8)
-    other = replace(subject, spec=replace(subject.spec, task="seq2seq_lm"))
-    with pytest.raises(UserError, match=r"bert is a seq2seq_lm model"):
+    other = replace(subject, spec=replace(subject.spec, task="translation"))
+    with pytest.raises(UserError, match=r"bert is a translation model"):
         pack.pack_model(one, Pack(), other)
     with pytest.raises(UserError, match=r"pack.models names gpt2\nNeeded: exported models: bert"):
         pack.run(one.model_copy(update={"pack": Pack(models=("gpt2",))}))

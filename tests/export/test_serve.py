@@ -1,6 +1,5 @@
 """The packed folders, served by a real tritonserver on this machine and asked by tritonclient over HTTP and gRPC."""
 
-import contextlib
 import importlib.util
 import json
 import os
@@ -20,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelFo
 
 from export import serve
 from export.triton_image import triton_image
-from tests.export.conftest import MAX_LENGTH, build_tokenizer
+from tests.export.conftest import MAX_LENGTH, build_tokenizer, free_ports
 from trainer.__main__ import main
 from trainer.artifact import content_hash, hash_tree, read_artifact, write_json
 from trainer.errors import GateFailed, UserError
@@ -31,25 +30,6 @@ TEXTS = [
     "class Point:\n    x = 0\n    y = 1",
     "def add(first, second):\n    return first + a b c d e f",
 ]
-
-
-@pytest.fixture(scope="session")
-def environment(tmp_path_factory) -> Path:
-    """Where the server is installed: about ten seconds, from the package index."""
-    folder = tmp_path_factory.mktemp("serve") / "environment"
-    try:
-        serve.ensure_environment(folder, triton_image())
-    except UserError as problem:
-        pytest.skip(f"no Triton server: {str(problem).splitlines()[0]}")
-    return folder
-
-
-def free_ports() -> list[int]:
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(3)]
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in sockets]
 
 
 @pytest.fixture(scope="session")
