@@ -122,7 +122,8 @@ def test_gpus_and_ranks_are_laid_out_on_two_nodes_of_four(cluster, recipe, actin
     ],
 )
 def test_what_follows_from_the_ranks_code(cluster, recipe, acting, code, state, restarts, starts):
-    site = acting(f'{code} >"$outcome/0"\nexit 1')
+    # Each node in a file of its own: the one that ends first has the other killed, perhaps amid its writing.
+    site = acting(f'{code} >"$outcome/$SLURM_NODEID"\nexit 1')
     path = recipe(slurm={"max_restarts": 1, "preflight": False})
     chain = cluster.submit(path, "pretrain", "distill", "--site", site)
     assert chain.ended() == state
