@@ -64,9 +64,9 @@ def summary(folder: Path, least_gb_s: float) -> str:
     if len(rates) < len(found):
         return f"{len(found)} nodes, no all-reduce between them"
     said = f"{len(found)} nodes, all-reduce of {_BYTES >> 20} MiB at {min(rates):.2f} GB/s"
-    if min(rates) >= least_gb_s:
-        return said
     pairs = [rate for facts in found for rate in facts["pairs_gb_s"]]
+    if not pairs:
+        return said
     return f"{said}, less than the site's {least_gb_s:g}, but no node by itself: pairs from {min(pairs):.2f} GB/s on"
 
 

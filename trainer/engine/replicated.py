@@ -43,7 +43,7 @@ class Replicated:
         scaled = self._accelerator.scaler is not None
         self._accelerator.unscale_gradients()
         # Not Accelerator.clip_grad_norm_ and not its optimizer's step: the one looks for kinds of tensors that are not
-        # here, the other searches sys.path for a package twice a step, 1 % of a step of 50 ms together.
+        # here, the other searches sys.path for a package twice a step.
         grad_norm = float(nn.utils.clip_grad_norm_(self._parameters, self._limit))
         applied = math.isfinite(grad_norm)
         if scaled:  # the scaler skips by itself, and learns from it
