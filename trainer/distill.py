@@ -27,10 +27,11 @@ def run(recipe: Recipe) -> None:
         )
     folder = stage.teacher or recipe.model_dir("pretrain")
     session = Session(recipe, "distill", stage, objective, data)
-    teacher = load_model(folder, session.causal)
+    blank = session.engine.is_given_weights
+    teacher = load_model(folder, session.causal, blank)
     require_same_vocabulary(folder, teacher, session.tokenizer)
     require_length(teacher.config, data.sequence_length, f"the teacher {folder}")
-    student = make_student(stage, teacher, session.tokenizer, session.causal, data.sequence_length, recipe.seed)
+    student = make_student(stage, teacher, session.tokenizer, session.causal, data.sequence_length, recipe.seed, blank)
     if stage.weights.hidden and student.config.hidden_size != teacher.config.hidden_size:
         raise UserError(
             f"hidden sizes differ: student {student.config.hidden_size}, teacher {teacher.config.hidden_size}",
@@ -48,12 +49,14 @@ def make_student(
     causal: bool,
     sequence_length: int,
     seed: int,
+    blank: bool,
 ) -> PreTrainedModel:
-    """The student as the recipe wants it: layers of the teacher, or a shape of its own with weights from `seed`."""
+    """The student as the recipe wants it: layers of the teacher, or a shape of its own with weights from `seed` (or
+    with none: see `models.build`)."""
     if stage.student.config:
         architecture = stage.student.architecture or teacher.config.model_type
         config = make_config(architecture, stage.student.config, tokenizer, sequence_length)
-        return from_config(config, causal, seed)
+        return from_config(config, causal, seed, blank)
     layers = stage.student.keep_layers or tuple(range(0, teacher.config.num_hidden_layers, stage.student.every or 1))
     return student_from_layers(teacher, layers, stage.student.architecture)
 

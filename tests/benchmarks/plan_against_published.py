@@ -224,7 +224,7 @@ def micro_batches() -> list[Ran]:
         sizes = {"n_layer": layers, "n_embd": hidden, "n_head": heads, "vocab_size": 50368, "n_positions": length}
         shape, _ = shape_of("gpt2", sizes | plain)
         batch = MicroBatch(1, length, length, isolated=False, checkpointing=checkpointing)
-        case = Case(shape, "bf16", "adamw", batch, global_rows=1)
+        case = Case(shape, "bf16", "adamw", batch)
         largest = largest_micro_batch(case, gpus, strategy, GPUS[gpu].usable_bytes)
         found.append(Ran(f"MPT-{name}, {gpus} x {gpu}, T {length}" + ", AC" * checkpointing, rows, largest))
     return found

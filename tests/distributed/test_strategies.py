@@ -69,25 +69,25 @@ def recipe(written_recipe):
     return write
 
 
-def weights(path):
-    return load_file(load_recipe(str(path)).run_dir / "pretrain" / "model" / "model.safetensors")
+def weights(path, stage="pretrain"):
+    return load_file(load_recipe(str(path)).model_dir(stage) / "model.safetensors")
 
 
-def rows(path, event="train"):
-    lines = (load_recipe(str(path)).run_dir / "pretrain" / "metrics.jsonl").read_text().splitlines()
+def rows(path, event="train", stage="pretrain"):
+    lines = (load_recipe(str(path)).stage_dir(stage) / "metrics.jsonl").read_text().splitlines()
     return [row for row in map(json.loads, lines) if row["event"] == event]
 
 
-def assert_alike(path, reference, tolerance):
+def assert_alike(path, reference, tolerance, stage="pretrain"):
     """Losses, gradient norms and final weights of two runs agree."""
-    ours, theirs = ({row["step"]: row for row in rows(one)} for one in (path, reference))
+    ours, theirs = ({row["step"]: row for row in rows(one, stage=stage)} for one in (path, reference))
     assert ours.keys() == theirs.keys()
     for step, row in ours.items():
         assert row["tokens"] == theirs[step]["tokens"]
         for name in ("loss", "grad_norm_before_clip"):
             assert row[name] == pytest.approx(theirs[step][name], rel=tolerance), (path.stem, step, name)
-    for name, tensor in weights(reference).items():
-        torch.testing.assert_close(weights(path)[name], tensor, rtol=tolerance, atol=tolerance, msg=name)
+    for name, tensor in weights(reference, stage).items():
+        torch.testing.assert_close(weights(path, stage)[name], tensor, rtol=tolerance, atol=tolerance, msg=name)
 
 
 def test_every_strategy_trains_alike(recipe, tmp_path):
@@ -132,6 +132,32 @@ def test_a_checkpoint_is_taken_up_by_any_strategy_and_number_of_ranks(recipe, tm
     for path in paths:
         assert [row["step"] for row in rows(path, "resume")] == [10]
         assert_alike(path, reference, 2e-4)
+
+
+def test_a_teacher_is_cut_where_its_student_is_and_teaches_alike(recipe, tmp_path):
+    """Distillation on two ranks: against one process; in bf16, of which a teacher is made whatever autocast does, near
+    to it."""
+    reference = recipe("reference", micro_batch_size=8)
+    assert main(["pretrain", str(reference)]) == 0
+    assert main(["distill", str(reference)]) == 0
+    teacher = f"distill.teacher={load_recipe(str(reference)).model_dir('pretrain')}"
+    attempts, paths = [], []
+    for name, precision in [*((name, "fp32") for name in ("ddp", "fsdp2", "zero2", "zero3")), ("fsdp2", "bf16"),
+                            ("zero0", "bf16"), ("zero3", "bf16")]:  # fmt: skip
+        paths.append(recipe(f"{name}-{precision}"))
+        overrides = [word.replace("pretrain.", "distill.", 1) for word in STRATEGIES[name]]
+        overrides += [teacher, "distill.micro_batch_size=2", f"distill.precision={precision}"]
+        attempts.append({"ranks": 2, "arguments": ["distill", str(paths[-1]), *overrides]})
+    codes, said = run_forked(tmp_path, attempts)
+    assert codes == [[0, 0]] * len(attempts), said[-3000:]
+    for words in ("whole on each rank, torch.float32", "blocks cut over 2 ranks, torch.float32",
+                  "blocks cut over 2 ranks, torch.bfloat16"):  # fmt: skip
+        assert said.count(f"teacher: {words}") == 2
+    for path in paths[:4]:
+        assert_alike(path, reference, 2e-4, "distill")
+    exact = [row["loss"] for row in rows(reference, stage="distill")]
+    for path in paths[4:]:
+        assert [row["loss"] for row in rows(path, stage="distill")] == pytest.approx(exact, rel=0.02)
 
 
 def test_without_zero_deepspeed_evaluates_in_the_precision_that_it_trains_in(recipe, tmp_path):

@@ -19,12 +19,13 @@ from torch import Tensor, nn
 from trainer.config import Training
 from trainer.engine import precision
 from trainer.engine.fragments import FragmentFiles, snapshot
-from trainer.engine.fsdp2 import FullyShardedDataParallel
+from trainer.engine.fsdp2 import FullyShardedDataParallel, shard_frozen
 from trainer.engine.ranks import Ranks
 from trainer.engine.replicated import Replicated
 from trainer.engine.strategy import BuildOptimizer, StepResult, Strategy
 from trainer.engine.zero import ZeroConfig, chosen_zero, load_zero, resolve_zero
 from trainer.errors import UserError
+from trainer.models import LanguageModel
 
 _ANY_HIDDEN_SIZE = 1024  # for a first look at the configuration, before there is a model
 
@@ -88,10 +89,15 @@ class Engine:
         return self.strategy_name == "fsdp2" or (self.zero is not None and self.zero.stage > 0)
 
     @property
+    def cuts_weights(self) -> bool:
+        """Whether each rank holds a share of every weight."""
+        return self.strategy_name == "fsdp2" or (self.zero is not None and self.zero.cuts_weights)
+
+    @property
     def is_given_weights(self) -> bool:
-        """Whether `prepare` gives this rank the weights of rank 0's model, piece by piece, whatever its own holds."""
-        cut = self.strategy_name == "fsdp2" or (self.zero is not None and self.zero.cuts_weights)
-        return cut and not self.is_main
+        """Whether `prepare` and `hold_frozen` give this rank the weights of rank 0's model, piece by piece, whatever
+        its own holds."""
+        return self.cuts_weights and not self.is_main
 
     @property
     def offloads_optimizer(self) -> bool:
@@ -105,6 +111,18 @@ class Engine:
             self.zero = self._resolved_zero(self.world, hidden_size)
             self._strategy.configure(self.zero)  # type: ignore[attr-defined]
         self._strategy.prepare(model, build)
+
+    def hold_frozen(self, model: LanguageModel) -> str:
+        """Give a model that is never trained its device, and the type that products are computed in; cut as the one in
+        training is. Returns what it came to."""
+        dtype = precision.compute_dtype(self._training.precision)
+        if self.cuts_weights and self.world > 1:
+            shard_frozen(model, self.device, self.world, dtype)
+            return f"blocks cut over {self.world} ranks, {dtype}"
+        for parameter in model.parameters():  # not buffers: rotary frequencies stay in float32
+            parameter.data = parameter.data.to(dtype)
+        model.to(self.device)
+        return f"whole on each rank, {dtype}"
 
     def begin_step(self, step: int, learning_rate: float, seed: int) -> None:
         """Set what an optimizer step depends on: the learning rate, and dropout's randomness by (seed, step, rank)."""

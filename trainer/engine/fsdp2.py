@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from trainer.engine.fragments import WEIGHT, Fragment, of_views
 from trainer.engine.strategy import BuildOptimizer, StepResult, elementwise_states, make_states, set_updates
-from trainer.models import transformer_layers
+from trainer.models import LanguageModel, transformer_layers
 
 
 class FullyShardedDataParallel:
@@ -35,17 +35,10 @@ class FullyShardedDataParallel:
     def prepare(self, model: nn.Module, build: BuildOptimizer) -> None:
         mesh = init_device_mesh(self._device.type, (self._world,))
         for part in (*transformer_layers(model), model):  # one after another, so that no rank needs room for all
-            self._take_from_rank_0(part)
+            _take_from_rank_0(part, self._device)
             fully_shard(part, mesh=mesh, mp_policy=self._policy)
         self.model = self.module = model
         self.optimizer = build(model)
-
-    def _take_from_rank_0(self, part: nn.Module) -> None:
-        """Whole parameters and buffers of a part, on the device."""
-        for tensor in (*part.parameters(), *part.buffers()):
-            if not isinstance(tensor, DTensor):
-                tensor.data = tensor.data.to(self._device)
-                dist.broadcast(tensor.data, 0)
 
     def autocast(self) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext()  # the policy casts what each block gets
@@ -97,3 +90,25 @@ class FullyShardedDataParallel:
 
     def scaler_state(self) -> dict[str, Any]:
         return {}
+
+
+def shard_frozen(model: LanguageModel, device: torch.device, world: int, dtype: torch.dtype) -> None:
+    """Cut the transformer blocks of a model that is never trained over the ranks; the weights are rank 0's, in `dtype`.
+
+    What is outside of them stays whole: an objective calls the head by itself, past the hooks that gather.
+    """
+    mesh = init_device_mesh(device.type, (world,))
+    for block in transformer_layers(model):
+        _take_from_rank_0(block, device, dtype)
+        fully_shard(block, mesh=mesh)
+    _take_from_rank_0(model, device, dtype)
+    whole = {parameter for parameter in model.parameters() if not isinstance(parameter, DTensor)}
+    fully_shard(model.model.base_model, mesh=mesh, ignored_params=whole)  # it has the blocks fetched ahead
+
+
+def _take_from_rank_0(part: nn.Module, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
+    """Whole parameters, in `dtype`, and buffers of a part, on the device."""
+    whole = [parameter for parameter in part.parameters() if not isinstance(parameter, DTensor)]
+    for tensor in (*whole, *part.buffers()):
+        tensor.data = tensor.data.to(device, dtype if isinstance(tensor, nn.Parameter) else None)
+        dist.broadcast(tensor.data, 0)

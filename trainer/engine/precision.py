@@ -60,6 +60,11 @@ def set_matmul_precision(precision: str) -> None:
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
 
 
+def compute_dtype(precision: str) -> torch.dtype:
+    """The type of a tensor that products are computed in; float32 for fp8, of which each product makes its own."""
+    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
+
+
 def types(precision: str, converted: bool) -> dict[str, str]:
     """The type of each part of training, as launch.json states it; `converted`: DeepSpeed holds the model itself in
     half precision, and does not cast as it goes."""

@@ -21,14 +21,9 @@ class Case:
     precision: Precision
     optimizer: str
     batch: MicroBatch
-    global_rows: int
     teacher: Shape | None = None
     hidden_loss: bool = False  # distillation: teacher's and student's hidden states are compared
     cuda: bool = True
-
-    def accumulation(self, gpus: int) -> int:
-        """Micro-batches of one GPU in a step."""
-        return max(1, self.global_rows // (self.batch.rows * gpus))
 
     def with_rows(self, rows: int) -> "Case":
         """The same with another micro-batch size."""
@@ -73,7 +68,6 @@ def plain_case(workload: Workload, cuda: bool) -> Case:
         precision=training.precision,
         optimizer=training.optim.name,
         batch=batch,
-        global_rows=training.global_batch_size,
         teacher=workload.teacher,
         hidden_loss=hidden_loss,
         cuda=cuda,

@@ -50,9 +50,9 @@ def traffic(
     """Ring collectives (ZeRO, arXiv:1910.02054, section 7): an all-gather or a reduce-scatter of S bytes moves
     S (n - 1) / n past each of n GPUs, an all-reduce twice that.
 
-    ddp and stage 1 exchange gradients once a step; stage 2 reduces them, and stage 3 gathers weights twice and reduces
-    gradients, in every micro-batch; fsdp2 gathers in every one, and reduces, in fp32, in the last. ZeRO++
-    (arXiv:2306.10209): weights in 8 bits, gathered inside a node for the backward pass, gradients in 4 bits.
+    ddp and stage 1 exchange gradients once a step; stage 2 reduces them, and stage 3 and fsdp2 (its gradients in fp32)
+    gather weights twice and reduce gradients, in every micro-batch. ZeRO++ (arXiv:2306.10209): weights in 8 bits,
+    gathered inside a node for the backward pass, gradients in 4 bits.
     """
     psi = parameters * strategy.gathered_bytes(precision)
     weights = psi * (0.5 if strategy.quantized_weights else 1.0)
@@ -60,8 +60,6 @@ def traffic(
     inside = 0.0
     if strategy.stage < 2:
         around = gradients + weights  # stage 0: the two halves of an all-reduce
-    elif strategy.fsdp:
-        around = accumulation * 2 * weights + gradients
     elif strategy.stage == 2:
         around = accumulation * gradients + weights
     elif strategy.secondary_partition > 1:

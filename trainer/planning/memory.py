@@ -133,7 +133,6 @@ def states(
     strategy: Strategy,
     precision: Precision,
     optimizer: str = "adamw",
-    accumulation: int = 1,
 ) -> States:
     """Weights, gradients, master weights and optimizer state of `parameters` on one of `gpus`."""
     size = strategy.stored_bytes(precision)
@@ -143,10 +142,6 @@ def states(
     moments = 4.0 * _MOMENTS[optimizer] * (shard if strategy.stage > 0 else parameters)
     weights = size * (shard if strategy.stage == 3 else parameters)
     gradients = size * (shard if strategy.stage >= 2 else parameters)
-    if strategy.fsdp and accumulation > 1 and gpus > 1:
-        gradients += (
-            size * parameters
-        )  # the engine reduces gradients at the last micro-batch: until then they are whole
     update = 4.0 * min(shard, strategy.sub_group if strategy.stage == 3 else shard) if size == 2 else 0.0
     away = {"cpu": 0.0, "nvme": 0.0, "none": 0.0}
     if strategy.offload_optimizer != "none":
@@ -204,10 +199,10 @@ def footprint(case: Case, gpus: int, strategy: Strategy) -> Footprint:
     numerics = Numerics.of(precision, strategy.autocast(precision), case.cuda)
     held = activations(shape, numerics, batch, case.teacher is not None, case.hidden_loss)
     counts = shape.parameters()
-    fixed = states(counts.total, gpus, strategy, precision, case.optimizer, case.accumulation(gpus))
+    fixed = states(counts.total, gpus, strategy, precision, case.optimizer)
     copies = kept_weight_copies(shape, numerics, batch)
     of_blocks = numerics.matrix * counts.block_matrices if numerics.casts and batch.checkpointing else 0.0
-    teacher_weights = _teacher_weights(case.teacher)
+    teacher_weights = _teacher_weights(case, gpus, strategy)
     extra = buffers(shape, gpus, strategy, precision)
 
     def moment(
@@ -274,9 +269,17 @@ def _output_gradient(shape: Shape, numerics: Numerics, batch: MicroBatch) -> flo
     return gradient - gone
 
 
-def _teacher_weights(teacher: Shape | None) -> float:
-    """The frozen teacher, whole and in fp32 on every GPU."""
-    return 4.0 * teacher.parameters().total if teacher is not None else 0.0
+def _teacher_weights(case: Case, gpus: int, strategy: Strategy) -> float:
+    """The frozen teacher, in the type of the products (fp32 under fp8): whole on every GPU or, where weights are cut,
+    its blocks cut and the one at work and the one fetched ahead gathered."""
+    if case.teacher is None:
+        return 0.0
+    counts = case.teacher.parameters()
+    held = float(counts.total)
+    if strategy.stage == 3 and gpus > 1:
+        blocks = counts.block_matrices + counts.block_norms
+        held += 2 * counts.largest_block - blocks * (1 - 1 / gpus)
+    return held * (2 if case.precision in ("bf16", "fp16") else 4)
 
 
 def _teacher_forward(case: Case, numerics: Numerics) -> float:
@@ -284,5 +287,4 @@ def _teacher_forward(case: Case, numerics: Numerics) -> float:
     teacher, batch = case.teacher, case.batch
     if teacher is None:
         return 0.0
-    size = numerics.matrix if numerics.casts else 4
-    return float(batch.tokens * (3 * 4 * teacher.hidden + 2 * size * teacher.inner))
+    return float(batch.tokens * (3 * numerics.stream * teacher.hidden + 2 * numerics.matrix * teacher.inner))
