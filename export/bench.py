@@ -141,8 +141,8 @@ def measure_backend(
     shared: dict[str, Any] = {"threads": threads, "file_mib": file_mib(subject, backend)}
     reason = refusal(subject, backend)
     if not reason and backend in ENGINES:
-        reason, engine = ready_engine(subject, ENGINES[backend], threads, scratch)
-        shared |= {"engine": engine, "file_mib": engine.get("file_mib")}
+        reason, engines = ready_engines(subject, ENGINES[backend], threads, scratch)
+        shared |= {"engines": engines, "file_mib": sum(engine["file_mib"] for engine in engines) or None}
     fixed = [{**head, **asdict(cell), **shared} for cell in grid(settings)]
     if reason:
         return {"rows": [{**row, "status": "refused", "reason": reason} for row in fixed]}
@@ -270,21 +270,22 @@ def _run_module(name: str, threads: int, *arguments: str) -> str:
     return lines[-1].strip() if lines else f"the process ended with status {done.returncode}"
 
 
-def ready_engine(subject: Subject, variant: str, threads: int, scratch: Path) -> tuple[str, dict[str, Any]]:
-    """Why no engine of a variant may be measured here, or nothing, and which one is and what its numbers differ by.
+def ready_engines(subject: Subject, variant: str, threads: int, scratch: Path) -> tuple[str, list[dict[str, Any]]]:
+    """Why no engine of a variant may be measured here, or nothing, and which ones are, one for each graph, and what
+    their numbers differ by.
 
     In a process of its own, so that cold starts are cold: one that was built elsewhere may have to be built anew.
     """
-    path = scratch / f"{subject.name}-{variant}-engine.json"
+    path = scratch / f"{subject.name}-{variant}-engines.json"
     problem = _run_module("export.rebuild", threads, str(subject.exported), variant, str(path))
-    return (problem, {}) if problem else ("", json.loads(path.read_text(encoding="utf-8")))
+    return (problem, []) if problem else ("", json.loads(path.read_text(encoding="utf-8"))["engines"])
 
 
 def refusal(subject: Subject, backend: Backend) -> str:
     """Why this backend must not be measured, or nothing.
 
     An ONNX file needs evidence of passed parity that names its very bytes, and the model it was made from must be
-    the one that is measured beside it, and so does the graph of an engine, whose own numbers `ready_engine` sees to.
+    the one that is measured beside it, and so does the graph of an engine, whose own numbers `ready_engines` sees to.
     torch is the source itself; the worker holds compiled against eager.
     """
     if backend == "compile" and not shutil.which(os.environ.get("CXX", "g++")):
@@ -292,10 +293,6 @@ def refusal(subject: Subject, backend: Backend) -> str:
     graph = f"onnx_{ENGINES[backend]}" if backend in ENGINES else backend
     if graph not in ONNX_FILES:
         return ""
-    if backend in ENGINES and subject.spec.encoder:
-        return (
-            "engines of an encoder-decoder are not measured: quality is of whole texts, its decoder's takes one token"
-        )
     variant = graph.removeprefix("onnx_")
     names = [f"{part.prefix}parity_{variant}" for part in subject.spec.parts]
     reasons = map(functools.partial(_unproven, subject), names, onnx_files(subject, graph))

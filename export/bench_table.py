@@ -28,7 +28,8 @@ def show(report: dict[str, Any]) -> None:
         console.print(_table(measured, _ENERGY, "energy of the whole GPU"))  # eighty columns have no room for more
     for reason, rows in reasons(report["rows"]).items():
         console.print(f"{', '.join(rows)}: {reason}", markup=False)
-    instead = [(row["model"], row["backend"], row["engine"]["instead"]) for row in report["rows"] if row.get("engine")]
+    engines = [(row["model"], row["backend"], engine) for row in report["rows"] for engine in row.get("engines", ())]
+    instead = [(model, backend, engine["instead"]) for model, backend, engine in engines]
     for model, backend, reason in dict.fromkeys(each for each in instead if each[2]):
         console.print(f"{model} {backend}: {reason}; it was built anew for this place", markup=False)
     for reason in dict.fromkeys(entry["reason"] for entry in report["no_energy"]):

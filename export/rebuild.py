@@ -31,7 +31,7 @@ from export.runners import Pair, Runner, open_onnx_graphs, together, usable_thre
 from export.tensorrt_library import load_library, this_place
 from export.tensorrt_runner import open_engine
 from export.to_tensorrt import Builder, products
-from trainer.artifact import add_evidence, hash_file, read_artifact, staging, write_json
+from trainer.artifact import add_evidence, hash_file, in_turn, read_artifact, staging, write_json
 from trainer.environment import gpus, launch_command
 from trainer.errors import GateFailed, UserError
 from trainer.export_config import Parity, Tolerance
@@ -39,6 +39,8 @@ from trainer.serving_config import TensorRT
 
 # What of a manifest an engine keeps wherever it is built.
 _KEPT = ("variant", "profiles", "tf32", "version_compatible", "hardware_compatibility")
+
+_BUILD_LIMIT_S = 3600.0  # assumed: another process's, of a large model
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,8 @@ def open_fitting(exported: Path, variant: str, cuda_graphs: bool = False) -> Run
     """
     spec, found = read_spec(exported), fitting_plans(exported, variant)
     graphs = zip(found, spec.parts, strict=True)
-    return together([open_engine(one.plan, part, cuda_graphs=cuda_graphs) for one, part in graphs], spec)
+    engines = [open_engine(one.plan, part, cuda_graphs=cuda_graphs) for one, part in graphs]
+    return together(engines, spec, one_by_one=True)
 
 
 def fitting_plans(exported: Path, variant: str, here: Place | None = None) -> list[Fitting]:
@@ -209,12 +212,13 @@ def _stand_in(plan: Path, manifest: Mapping[str, Any], origin: Origin, here: Pla
     folder = plan.parent.with_name(f"{plan.parent.name}.rebuilt") / f"sm{here.compute_capability.replace('.', '')}"
     name = plan_name(origin.variant, here.compute_capability, origin.spec.stem)
     made = folder / name.removesuffix(".plan") / name  # each in a folder of its own, which is there whole or not at all
-    if made.is_file() and manifest_of(made).is_file():
-        before = read_manifest(made)
-        known = before.get("parity") is not None or not gpus()
-        if before["onnx"] == manifest["onnx"] and known and not _misfit(made, before, here):
-            return Fitting(made, before.get("parity"), reason)
-    parity = _build(manifest, origin, made, here)
+    with in_turn(plan.parent, _BUILD_LIMIT_S, "building in place of an engine in"):
+        if made.is_file() and manifest_of(made).is_file():
+            before = read_manifest(made)
+            known = before.get("parity") is not None or not gpus()
+            if before["onnx"] == manifest["onnx"] and known and not _misfit(made, before, here):
+                return Fitting(made, before.get("parity"), reason)
+        parity = _build(manifest, origin, made, here)
     numbers = "no GPU is here to compare its numbers" if parity is None else "it gives its graph's numbers"
     Console(stderr=True, highlight=False).print(
         f"{reason}: {made} was built in its place; its layers have been read back, {numbers}", soft_wrap=True
@@ -247,11 +251,14 @@ def _build(manifest: Mapping[str, Any], origin: Origin, made: Path, here: Place)
 
 
 def main(exported: Path, variant: str, path: Path) -> None:
-    """Make the engine of a variant ready, in a process of its own, and write into `path` which it is. Of a model of one
-    graph: no others are measured."""
-    (found,) = fitting_plans(exported, variant)
-    about = {"plan": str(found.plan), "parity": found.parity, "instead": found.instead}
-    write_json(path, about | {"sha256": hash_file(found.plan), "file_mib": found.plan.stat().st_size / 2**20})
+    """Make the engines of a variant ready, in a process of its own, and write into `path` which they are, one for each
+    graph of the model."""
+    engines = [
+        {"plan": str(found.plan), "sha256": hash_file(found.plan), "file_mib": found.plan.stat().st_size / 2**20,
+         "parity": found.parity, "instead": found.instead}
+        for found in fitting_plans(exported, variant)
+    ]  # fmt: skip
+    write_json(path, {"engines": engines})
 
 
 if __name__ == "__main__":

@@ -146,10 +146,11 @@ def compared_shape(found: Results) -> tuple[int, int] | None:
 
 def is_verified(found: Results, row: Row) -> bool:
     """Whether the row's backend gives the model's own outputs: torch does, an ONNX file needs passed parity, and an
-    engine both its graph's and its own."""
+    engine both its graph's and its own (of two graphs, each)."""
     if row["backend"] in ENGINES:
         graph = found.verified.get((row["model"], f"onnx_{ENGINES[row['backend']]}"), False)
-        return graph and (row.get("engine") or {}).get("parity") is not None
+        engines = row.get("engines") or ()
+        return graph and bool(engines) and all(engine["parity"] is not None for engine in engines)
     return row["backend"] in _SOURCE_BACKENDS or found.verified.get((row["model"], row["backend"]), False)
 
 

@@ -67,10 +67,21 @@ class Pair:
     encoder: Runner
     decoder: Runner
     spec: IoSpec
+    one_by_one: bool = False
+    """The decoder takes one token a call, as engines do."""
 
     def run(self, inputs: Mapping[str, np.ndarray]) -> Arrays:
         """The decoder's outputs for the encoder's inputs and `decoder_input_ids`, int64 [B, T]: as `feeds` says."""
-        return self.decoder.run(self.feeds(inputs))
+        feeds = self.feeds(inputs)
+        if not self.one_by_one:
+            return self.decoder.run(feeds)
+        assert self.spec.cache is not None
+        logits, outputs = [], {}
+        for at in range(feeds["input_ids"].shape[1]):
+            outputs = self.decoder.run(feeds | {"input_ids": feeds["input_ids"][:, at : at + 1]})
+            feeds |= self.spec.cache.next_past(outputs)
+            logits.append(outputs["logits"])
+        return outputs | {"logits": np.concatenate(logits, axis=1)}
 
     def feeds(self, inputs: Mapping[str, np.ndarray]) -> Arrays:
         """The decoder's inputs once the encoder has run; without `decoder_input_ids` those of the first step, a start
@@ -113,12 +124,12 @@ def open_onnx_graphs(
     return together([open_onnx(file, threads, provider) for file in files], spec)
 
 
-def together(graphs: "Sequence[Runner]", spec: IoSpec) -> "Runner | Pair":
-    """The runner of a model's graphs: of one that one itself."""
+def together(graphs: "Sequence[Runner]", spec: IoSpec, one_by_one: bool = False) -> "Runner | Pair":
+    """The runner of a model's graphs: of one that one itself, of two a `Pair`."""
     if spec.encoder is None:
         return graphs[0]
     encoder, decoder = graphs
-    return Pair(encoder, decoder, spec)
+    return Pair(encoder, decoder, spec, one_by_one)
 
 
 def open_onnx(path: Path, threads: int, provider: str = CPU_PROVIDER, profile: Path | None = None) -> OnnxRunner:

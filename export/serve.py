@@ -26,8 +26,8 @@ from rich.console import Console
 
 from export.hostile import check_folder, check_graph
 from export.pack import TRITON_MODELS
-from trainer.artifact import alone_in, hash_tree, read_artifact, staging, versions
-from trainer.errors import Busy, GateFailed, UserError
+from trainer.artifact import hash_tree, in_turn, read_artifact, staging, versions
+from trainer.errors import GateFailed, UserError
 
 # tritonserver 2.51.0 with the Python backend only. Its Python API is not used, so that its dependencies are left out.
 _SERVER = "nvidia-pytriton==0.7.0"
@@ -36,7 +36,6 @@ _ENVIRONMENTS = Path.home() / ".cache" / "lmworks" / "triton"  # one folder for 
 _MARKER = "lmworks-triton.txt"  # the requirements; a folder without it is not ours to replace
 _READY_LIMIT_S = 300.0  # assumed: a large model from a slow disk
 _INSTALL_LIMIT_S = 900.0  # assumed: another process's, from a slow index
-_TURN_S = 0.5
 _LOOK_S = 0.1
 # What tritonserver 2.51 says of a machine without a GPU, or without CUDA's driver, as errors and a warning.
 _NO_GPU = re.compile(
@@ -125,7 +124,7 @@ def ensure_environment(folder: Path, image: str) -> Path:
         return site
     if folder.exists() and not (folder / _MARKER).is_file() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} is there and no environment of ours", "an empty folder or none", "name another one")
-    with _in_turn(folder.parent):
+    with in_turn(folder.parent, _INSTALL_LIMIT_S, "installing into"):
         if not _is_made(folder, site):  # or the other one made it
             _make(folder, image)
     return site
@@ -138,26 +137,6 @@ def _is_made(folder: Path, site: Path) -> bool:
 
 def _marker() -> str:
     return "\n".join(_requirements()) + "\n"
-
-
-@contextlib.contextmanager
-def _in_turn(folder: Path) -> Iterator[None]:
-    """Hold a folder while the block runs, after whoever holds it now; said once."""
-    until, told = time.monotonic() + _INSTALL_LIMIT_S, False
-    while True:
-        with contextlib.ExitStack() as held:
-            try:
-                held.enter_context(alone_in(folder))
-            except Busy:
-                if time.monotonic() > until:
-                    raise
-            else:
-                yield
-                return
-        if not told:
-            _tell(f"waiting for another lmworks, which is installing into {folder}")
-            told = True
-        time.sleep(_TURN_S)
 
 
 def _make(folder: Path, image: str) -> None:

@@ -109,7 +109,8 @@ class TensorRTRunner:
         """Give a context its inputs, on the GPU, and room for its outputs."""
         import torch
 
-        given = {port.name: torch.from_numpy(inputs[port.name]).to(self.device) for port in self.inputs}
+        whole = {port.name: np.ascontiguousarray(inputs[port.name]) for port in self.inputs}  # only an address is given
+        given = {name: torch.from_numpy(value).to(self.device) for name, value in whole.items()}
         for name, buffer in given.items():
             context.set_input_shape(name, tuple(buffer.shape))
         missing = context.infer_shapes()

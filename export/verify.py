@@ -53,7 +53,8 @@ def verify_model(recipe: Recipe, settings: Export, name: str, folder: Path, bise
     check_variants(name, spec, settings)
     documents = load_documents(recipe, folder)
     exported, find = recipe.stage_dir("export") / name, text_finder(recipe, folder, documents)
-    variants = _wanted(settings, name, spec, exported)
+    # fp32 whatever the recipe names: all others are made of it under looser gates, as in `export`.
+    variants: tuple[Precision, ...] = tuple(dict.fromkeys(("fp32", *_wanted(settings, name, spec, exported))))
     with tempfile.TemporaryDirectory() as scratch:
         for part in spec.parts:
             gates = Gates(folder, part, settings, documents, find, recipe.seed)

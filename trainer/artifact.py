@@ -8,6 +8,8 @@ import hashlib
 import json
 import os
 import shutil
+import sys
+import time
 from collections.abc import Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
@@ -19,6 +21,7 @@ ARTIFACT_FILE = "artifact.json"
 # Written after the content was hashed, so they are no part of it: lineage must not change with a report.
 NOT_CONTENT = frozenset({ARTIFACT_FILE, "README.md"})
 _CHUNK_BYTES = 1 << 20
+_TURN_S = 0.5
 # What file systems say that cannot lock a folder: NFS (flock(2): it needs a file opened for writing), some Lustres.
 _NO_LOCKS = (errno.EBADF, errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 _VERSIONED = ("lmworks", "torch", "transformers", "accelerate", "tokenizers", "onnx", "onnxruntime", "numpy")
@@ -192,6 +195,27 @@ def alone_in(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
+
+
+@contextlib.contextmanager
+def in_turn(folder: Path, limit_s: float, doing: str) -> Iterator[None]:
+    """Hold a folder while the block runs, after whoever holds it now, which is said once as what that one is `doing`;
+    Busy if that takes longer than the limit."""
+    until, told = time.monotonic() + limit_s, False
+    while True:
+        with contextlib.ExitStack() as held:
+            try:
+                held.enter_context(alone_in(folder))
+            except Busy:
+                if time.monotonic() > until:
+                    raise
+            else:
+                yield
+                return
+        if not told:
+            print(f"waiting for another lmworks, which is {doing} {folder}", file=sys.stderr)
+            told = True
+        time.sleep(_TURN_S)
 
 
 def free_name(path: Path) -> Path:

@@ -117,15 +117,6 @@ def test_either_graph_without_evidence_refuses_the_row(file, recipe, tmp_path, m
     assert stage.refusal(subject, "onnx_int8") == ""
 
 
-def test_engines_of_a_pair_are_refused_by_name(recipe, tmp_path, monkeypatch):
-    """Before any is opened or built anew."""
-    one = recipe(backends=["tensorrt_fp32"], sequence_lengths=[8], provider="CUDAExecutionProvider")
-    subject = stage.prepare_subject(one, one.bench, "t5", one.exported_models()["t5"], tmp_path)
-    monkeypatch.setattr(stage, "_run_module", None)
-    (row,) = stage.measure_backend(subject, "tensorrt_fp32", one.bench, 1, tmp_path)["rows"]
-    assert row["status"] == "refused" and row["reason"].startswith("engines of an encoder-decoder are not measured: ")
-
-
 def test_nodes_of_both_graphs_that_ran_elsewhere_refuse_their_rows(recipe, tmp_path):
     one = recipe(sequence_lengths=[8], decode=None)
     subject = stage.prepare_subject(one, one.bench, "t5", one.export.models["t5"], tmp_path)

@@ -10,8 +10,9 @@ import onnx
 import pytest
 import torch
 
-from export import rebuild, to_tensorrt
+from export import bench, bench_worker, rebuild, to_tensorrt
 from export.audit import audit, read_layers
+from export.bench_inputs import quality_batches
 from export.engine_files import check_together, manifest_of, read_manifest, write_manifest
 from export.files import hashes
 from export.generate import Sampling, generate
@@ -19,6 +20,7 @@ from export.io_spec import read_spec
 from export.precision import lower
 from export.rebuild import fitting_plans, open_fitting
 from export.runners import Pair, open_onnx_graphs
+from export.scores import score
 from export.tensorrt_runner import open_engine
 from export.to_onnx import export_graph, load_model
 from export.to_tensorrt import build_engines, engine_shapes, products, profile_shapes, prove
@@ -29,6 +31,7 @@ from tests.export.test_tensorrt import HERE, SETTINGS, assert_profiles_are_in_th
 from trainer.artifact import hash_file, read_artifact
 from trainer.config import Recipe
 from trainer.errors import GateFailed, UserError
+from trainer.export_config import Bench
 
 STEMS = ("encoder_model", "decoder_with_past_model")
 
@@ -101,8 +104,8 @@ def runs_as(monkeypatch, exported: Path, **instead: Path) -> None:
     monkeypatch.setattr(rebuild, "open_engine", open_engine)
 
 
-def test_the_loader_opens_both_which_write_their_graphs_text(recipe, place, monkeypatch):
-    """Each held against its own graph first, once; the decoder's steps are of one token."""
+def test_the_loader_opens_both_which_write_their_graphs_text(recipe, place, pieces, monkeypatch):
+    """Each held against its own graph first, once; the decoder's steps are of one token, also where many are given."""
     to_tensorrt.run(recipe)
     exported = recipe.stage_dir("export") / "t5"
     runs_as(monkeypatch, exported)
@@ -116,6 +119,41 @@ def test_the_loader_opens_both_which_write_their_graphs_text(recipe, place, monk
     graphs = open_onnx_graphs([exported / file for file in spec.files("fp32")], spec, 1)
     assert isinstance(opened, Pair)
     assert generate(opened, spec, prompts, settings) == generate(graphs, spec, prompts, settings)
+    batches = quality_batches(pieces, spec, exported, 32, 16, seed=0)
+    ours, theirs = (score(one, batches, "perplexity") for one in (opened, graphs))
+    np.testing.assert_allclose(ours.sums_R, theirs.sums_R, rtol=1e-4)
+
+
+def test_the_benchmark_has_rows_of_both_together(recipe, place, pieces, monkeypatch, tmp_path):
+    """Speed, generating and quality, the decoder in steps of one token; the two processes that do it are this one."""
+    to_tensorrt.run(recipe)
+    runs_as(monkeypatch, recipe.stage_dir("export") / "t5")
+    modules = {
+        "export.rebuild": lambda exported, variant, path: rebuild.main(Path(exported), variant, Path(path)),
+        "export.bench_worker": lambda path: bench_worker.main(Path(path)),
+    }
+
+    def run_module(name, threads, *words):
+        modules[name](*words)
+        return ""
+
+    monkeypatch.setattr(bench, "_run_module", run_module)
+    monkeypatch.setattr(bench, "load_documents", lambda recipe, model: pieces)
+    section = {"backends": ["tensorrt_fp32"], "provider": "CUDAExecutionProvider", "batch_sizes": [2],
+               "sequence_lengths": [16], "threads": 1, "window_s": 0.01, "max_windows": 3, "stability": 0.99,
+               "quality_sequences": 16}  # fmt: skip
+    settings = Bench.model_validate(section)
+    subject = bench.prepare_subject(recipe, settings, "t5", recipe.exported_models()["t5"], tmp_path)
+    found = bench.measure_backend(subject, "tensorrt_fp32", settings, 1, tmp_path)
+    (row,), (decode,), (quality,) = found["rows"], found["decode"], found["quality"]
+    assert row["status"] in ("ok", "unstable") and decode["status"] in ("ok", "unstable")
+    assert [Path(engine["plan"]).name for engine in row["engines"]] == [f"{stem}_fp32_sm89.plan" for stem in STEMS]
+    assert all(engine["parity"]["max_abs"] < 1e-4 for engine in row["engines"])
+    assert row["file_mib"] == sum(engine["file_mib"] for engine in row["engines"])
+    spec, exported = subject.spec, subject.exported
+    graphs = open_onnx_graphs([exported / file for file in spec.files("fp32")], spec, 1)
+    batches = quality_batches(pieces, spec, exported, 16, 16, recipe.seed)
+    assert quality["value"] == pytest.approx(score(graphs, batches, "perplexity").value, rel=1e-4)
 
 
 @pytest.mark.parametrize("stem", STEMS)

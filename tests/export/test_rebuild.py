@@ -3,6 +3,8 @@ reasons; numbers are held against the graph wherever there is a GPU, for which O
 
 import json
 import shutil
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -135,6 +137,22 @@ def test_one_of_another_place_is_built_anew(exported, plan, capsys):
     stamp = found.plan.stat().st_mtime_ns
     assert fit(exported, here) == found and found.plan.stat().st_mtime_ns == stamp
     assert capsys.readouterr().err == ""
+
+
+def test_two_that_find_none_build_one(exported, monkeypatch, capsys):
+    library = pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed: pip install '.[rtx]'")
+    here, built, build = replace(HERE, library_version=library.__version__), [], rebuild._build
+
+    def slow(*words):
+        built.append(words)
+        time.sleep(1.0)
+        return build(*words)
+
+    monkeypatch.setattr(rebuild, "_build", slow)
+    with ThreadPoolExecutor(2) as pool:
+        (one, other) = pool.map(lambda _: fit(exported, here), range(2))
+    assert one == other and len(built) == 1
+    assert capsys.readouterr().err.count("waiting for another lmworks, which is building in place of an engine in") == 1
 
 
 def test_where_a_gpu_is_its_numbers_are_compared_before_it_is_there(exported, plan, monkeypatch, tmp_path, capsys):

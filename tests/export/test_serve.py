@@ -33,11 +33,12 @@ TEXTS = [
 
 
 @pytest.fixture(scope="session")
-def client(packed):
-    """The client that was packed, as a module."""
+def client(packed, tmp_path_factory):
+    """The client that was packed, as a module; of a copy, as importing it may leave byte code beside it."""
     pytest.importorskip("tritonclient.http", reason="tritonclient[http] is not installed")
     pytest.importorskip("tritonclient.grpc", reason="tritonclient[grpc] is not installed")
-    spec = importlib.util.spec_from_file_location("client", packed / "bert" / "client.py")
+    copy = shutil.copy(packed / "bert" / "client.py", tmp_path_factory.mktemp("client"))
+    spec = importlib.util.spec_from_file_location("client", copy)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
