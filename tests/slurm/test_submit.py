@@ -16,7 +16,7 @@ from slurm.grid import elements
 from slurm.script import StageJob, common, render
 from slurm.site import Container, Site, load_site
 from slurm.submit import STAGES, plan
-from tests.slurm.drill import CASES
+from tests.slurm.drill import CASES, CHAINS
 from trainer.__main__ import main
 from trainer.artifact import alone_in
 from trainer.engine.launch import release_signals, stop_requested, watch_signals
@@ -397,7 +397,8 @@ def test_the_ledger_keeps_what_was_submitted(tmp_path):
 
 def test_the_committed_drill_has_every_case_and_every_model_is_the_unbroken_one():
     rows = {row["case"]: row for row in json.loads(DRILL.read_text())["cases"]}
-    assert set(rows) == {*CASES, "whole chain"}
+    assert set(rows) == {*CASES, *CHAINS}
     assert {row["ended"] for row in rows.values()} == {"COMPLETED"}
-    exact = [name for name in rows if name == "whole chain" or CASES[name].exact]
+    exact = ["whole chain", *(name for name, case in CASES.items() if case.exact)]
     assert {rows[name]["parameters"] for name in exact} == {"equal"}
+    assert rows["signals in prepare"]["parameters"] == "equal data"
