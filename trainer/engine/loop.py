@@ -181,8 +181,8 @@ def take_step(run: Run, step: int, batches: list[Batch], counts: dict[str, float
         with run.engine.autocast(), run.meter.forward_watch:
             loss: LossSum = run.objective(run.engine.model, batch.to(run.engine.device))
             share = loss.divided(counts)
-        if number == 1:  # now, as a backward leaves the interpreter to the thread; in a forward they would contend
-            run.make_ahead(step + 1)
+        if number == 1:  # in the backward, which leaves the interpreter to the thread; before it they would contend
+            share.register_hook(lambda _: run.make_ahead(step + 1))
         run.engine.backward(share, last=number == len(batches))
         total += share.detach()
         run.meter.add(loss)

@@ -35,9 +35,10 @@ class Replicated:
         return self._accelerator.autocast()
 
     def backward(self, loss: Tensor, last: bool) -> None:
-        synchronise = contextlib.nullcontext() if last else self._accelerator.no_sync(self.model)
-        with synchronise:  # DDP averages over ranks, and a sum is wanted
-            self._accelerator.backward(loss * self._accelerator.num_processes)
+        world, scaler = self._accelerator.num_processes, self._accelerator.scaler
+        total = loss * world if world > 1 else loss  # DDP averages over ranks, and a sum is wanted
+        with contextlib.nullcontext() if last else self._accelerator.no_sync(self.model):
+            (scaler.scale(total) if scaler is not None else total).backward()
 
     def step(self) -> StepResult:
         scaled = self._accelerator.scaler is not None
