@@ -5,10 +5,12 @@ Which sums make a loss is the objectives' business; who are the targets is the d
 Shapes: N target tokens, C of them in one part, D hidden size, V vocabulary.
 """
 
+import contextlib
 import importlib.util
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -79,8 +81,17 @@ class CrossEntropy:
     targets_N: Tensor
 
     def __call__(self, logits_CV: Tensor, part: slice) -> Sums:
-        targets_C = self.targets_N[part]
-        return {"loss": cross_entropy(logits_CV, targets_C), "accuracy": hits(logits_CV, targets_C)}
+        return _sums(logits_CV, self.targets_N[part])
+
+
+def _sums(logits_CV: Tensor, targets_C: Tensor) -> Sums:
+    return {"loss": cross_entropy(logits_CV, targets_C), "accuracy": hits(logits_CV, targets_C)}
+
+
+@cache
+def compiled_sums() -> Callable[[Tensor, Tensor], Sums]:
+    """`CrossEntropy` by inductor. The head's matrix product stays outside: ZeRO-3 gathers its weights by hooks."""
+    return torch.compile(_sums)
 
 
 def cross_entropy(logits_CV: Tensor, targets_C: Tensor) -> Tensor:
@@ -102,6 +113,8 @@ class LossPlan(NamedTuple):
 
     parts: int = 1
     liger: bool = False
+    compiled: bool = False
+    """Cross entropy is one kernel over the logits as the head gives them, without float32 copies of them."""
 
 
 WHOLE = LossPlan()
@@ -166,7 +179,7 @@ def sums_over_targets(head: Head, hidden_ND: Tensor, score: Score, plan: LossPla
     hidden_CD = hidden_ND.split([piece.stop - piece.start for piece in pieces]) if plan.parts > 1 else (hidden_ND,)
     totals: Sums = {}
     for number, piece in enumerate(pieces):
-        arguments = head, hidden_CD[number], score, piece
+        arguments = head, hidden_CD[number], score, piece, plan
         if training and number < plan.parts - 1:
             sums = checkpoint(_part, *arguments, use_reentrant=False, preserve_rng_state=False)
         else:
@@ -175,8 +188,18 @@ def sums_over_targets(head: Head, hidden_ND: Tensor, score: Score, plan: LossPla
     return totals
 
 
-def _part(head: Head, hidden_CD: Tensor, score: Score, part: slice) -> Sums:
-    return score(head.logits(hidden_CD), part)
+def _part(head: Head, hidden_CD: Tensor, score: Score, part: slice, plan: LossPlan) -> Sums:
+    with _weight_cast_anew(hidden_CD.device.type) if plan.parts > 1 else contextlib.nullcontext():
+        logits_CV = head.logits(hidden_CD)
+    if plan.compiled and isinstance(score, CrossEntropy):
+        return compiled_sums()(logits_CV, score.targets_N[part])
+    return score(logits_CV, part)
+
+
+def _weight_cast_anew(kind: str) -> torch.autocast:
+    """Autocast, if it is on, without its cache: of the one copy that all parts would share, their gradients would be
+    added up in 16 bits."""
+    return torch.autocast(kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind), cache_enabled=False)
 
 
 def _require_liger(device: torch.device, distilling: bool) -> None:

@@ -168,6 +168,7 @@ class Session:
         plan = choose_loss_plan(
             training.cross_entropy, model, self._most_targets(), self._stage == "distill", self.engine.device, say
         )
+        plan = plan._replace(compiled=training.compile and self.engine.device.type == "cuda")
         module = LanguageModel(model, self._kernel(model, attention_dropout(model.config)), plan)
         if training.gradient_checkpointing:
             checkpoint_layers(model)
@@ -180,6 +181,8 @@ class Session:
             with self.engine.autocast():
                 self._check_attention(self.engine.unwrapped, model)
         if training.compile:  # after the check, so that nothing is compiled for its few short rows
+            # All layers share one cache, and the default of 8 does not hold ModernBERT's three kinds in their shapes.
+            torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
             for layer in transformer_layers(model):
                 layer.compile()
 

@@ -162,7 +162,7 @@ def _take(run: Run, step: int) -> dict[str, Any]:
     taken = loop.take_step(run, step, batches, counts)
     if taken is None:
         raise UserError("a signal came; nothing was verified", "", "run the same command again")
-    (loss,) = run.engine.ranks.sum([taken.loss_share])
+    (loss,) = run.engine.ranks.sum([float(taken.loss_share)])
     samples = [sample for batch in batches for sample in batch.sample_ids]
     random = _digest(torch.get_rng_state())
     return {"loss": loss, "grad_norm": taken.result.grad_norm, "samples": samples, "random": random}

@@ -10,6 +10,7 @@ Prints the exit codes of each attempt's ranks as JSON.
 """
 
 import contextlib
+import importlib.util
 import json
 import os
 import signal
@@ -31,6 +32,9 @@ from trainer.__main__ import main
 from trainer.engine import fsdp2, zero_strategy
 from trainer.engine.checkpoint import Checkpoints
 from trainer.engine.fragments import FragmentFiles
+
+if importlib.util.find_spec("deepspeed"):
+    import deepspeed  # noqa: F401 - warm: each rank would take seconds for it
 
 
 def free_port() -> str:

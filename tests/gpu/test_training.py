@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.distributed.test_strategies import assert_alike, recipe, rows, weights  # noqa: F401 - recipe is a fixture
-from trainer.engine.precision import fp8_backend
+from trainer.engine.precision import has_fp8
 from trainer.recipe_file import load_recipe
 
 pytestmark = [
@@ -117,7 +117,7 @@ def test_an_overflow_in_fp16_is_skipped_and_scales_down(small, overrides, scales
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=BF16)
 
 
-@pytest.mark.skipif(fp8_backend() is None, reason="neither torchao nor transformer_engine is installed")
+@pytest.mark.skipif(not has_fp8(), reason="torchao is not installed")
 def test_fp8_trains_as_bf16_does(small):
     if torch.cuda.get_device_capability() < (8, 9):
         pytest.skip("this GPU does not multiply in fp8")

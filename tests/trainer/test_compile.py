@@ -18,8 +18,10 @@ from tests.trainer.packed import (
     with_kernel,
     with_targets,
 )
+from trainer import heads
 from trainer.data.packing import Framing, PackedRows
 from trainer.data.stream import BatchPlan, TrainStream
+from trainer.heads import LossPlan
 from trainer.models import LanguageModel, checkpoint_layers, transformer_layers
 from trainer.objectives.language_model import language_model
 
@@ -49,6 +51,32 @@ def test_twenty_steps_of_varying_targets_compile_nothing_anew(
     assert compiled["unique_graphs"] >= 1
     assert counters["stats"] == compiled
     assert not counters["graph_break"]
+
+
+@pytest.mark.parametrize("parts", [1, 3])
+def test_compiled_cross_entropy_is_the_eager_one(parts, tiny_tokenizer, tokens_in_memory, monkeypatch):
+    """Sums and gradients; after the first two numbers of targets no other is compiled for."""
+    torch._dynamo.reset()
+    counters.clear()
+    compiled = torch.compile(heads._sums, backend="aot_eager")
+    monkeypatch.setattr(heads, "compiled_sums", lambda: compiled)
+    model = make("gpt2", tiny_tokenizer).eval()  # without dropout
+    batch = packed_batch(tokens_in_memory, causal=True)
+    real = (batch.segments > 0).flatten().nonzero().squeeze(1)
+    for step in range(8):
+        one = with_targets(batch, real[step % 5 :: 2 + step % 3])
+        found = {}
+        for plan in (LossPlan(parts), LossPlan(parts, compiled=True)):
+            loss = language_model(LanguageModel(model, loss_plan=plan), one)
+            loss.terms["loss"].total.backward()
+            found[plan.compiled] = (loss, [parameter.grad.clone() for parameter in model.parameters()])
+            model.zero_grad()
+        torch.testing.assert_close(found[True][0].terms["loss"].total, found[False][0].terms["loss"].total)
+        assert found[True][0].reported == found[False][0].reported
+        torch.testing.assert_close(found[True][1], found[False][1])
+        if step == 2:
+            graphs = counters["stats"]["unique_graphs"]
+    assert 1 <= graphs == counters["stats"]["unique_graphs"] <= 3
 
 
 @torch.library.custom_op("lmworks_tests::by_documents", mutates_args={})

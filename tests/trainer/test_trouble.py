@@ -351,6 +351,18 @@ def test_a_precision_that_is_not_there_is_refused(asked, strategy, message):
         precision.require(asked, "cpu", strategy)
 
 
+def test_fp8_without_a_layer_that_multiplies_in_it_is_refused():
+    """As of GPT-2, whose layers torchao leaves alone."""
+
+    class Float8Linear(torch.nn.Linear):
+        pass
+
+    model = torch.nn.Sequential(torch.nn.Linear(16, 16))
+    with pytest.raises(UserError, match="no layer of this model can multiply in it"):
+        precision.require_fp8_layers(model)
+    precision.require_fp8_layers(model.append(Float8Linear(16, 16)))
+
+
 def test_an_encoder_that_looks_ahead_is_no_causal_model(written_recipe, capfd):
     small = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
     path = written_recipe("gpt2", model={"architecture": "roberta", "config": small})

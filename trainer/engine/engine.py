@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator, DeepSpeedPlugin, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from accelerate.state import AcceleratorState
-from accelerate.utils import AORecipeKwargs, TERecipeKwargs
+from accelerate.utils import AORecipeKwargs
 from torch import Tensor, nn
 
 from trainer.config import Training
@@ -111,6 +111,8 @@ class Engine:
             self.zero = self._resolved_zero(self.world, hidden_size)
             self._strategy.configure(self.zero)  # type: ignore[attr-defined]
         self._strategy.prepare(model, build)
+        if self._training.precision == "fp8":
+            precision.require_fp8_layers(self.unwrapped)
 
     def hold_frozen(self, model: LanguageModel) -> str:
         """Give a model that is never trained its device, and the type that products are computed in; cut as the one in
@@ -242,7 +244,8 @@ class Engine:
         wrap = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
         handlers: list[Any] = [wrap, group]
         if mixed == "fp8":
-            handlers.append(TERecipeKwargs() if precision.fp8_backend() == "TE" else AORecipeKwargs())
+            # Its default makes new parameters of the weights, which the optimizer does not know.
+            handlers.append(AORecipeKwargs(enable_fsdp_float8_all_gather=False))
         return Accelerator(cpu=self.on_cpu, mixed_precision=mixed, kwargs_handlers=handlers)
 
     def _flight_recorder(self) -> dict[str, str]:

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, NoReturn
 
 import torch
+from torch import Tensor
 
 from trainer.config import Training
 from trainer.data.stream import Batch, TrainStream
@@ -167,7 +168,7 @@ def count_targets(run: Run, step: int, batches: list[Batch]) -> tuple[dict[str, 
 class Taken:
     """One optimizer step that was tried."""
 
-    loss_share: float  # this rank's part of the step's loss; the sum over ranks is the loss
+    loss_share: Tensor  # this rank's part of the step's loss, scalar; the sum over ranks is the loss
     result: StepResult
 
 
@@ -190,7 +191,7 @@ def take_step(run: Run, step: int, batches: list[Batch], counts: dict[str, float
     run.progress.tokens += int(counts["tokens"])
     run.progress.skipped_steps += not result.applied
     run.meter.step(counts, result)
-    return Taken(float(total), result)
+    return Taken(total, result)
 
 
 def _samples(run: Run, step: int) -> tuple[int, int]:

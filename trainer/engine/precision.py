@@ -4,6 +4,7 @@ How a strategy brings it about is its own affair."""
 from importlib import metadata
 
 import torch
+from torch import nn
 
 from trainer.errors import UserError
 
@@ -36,23 +37,29 @@ def require(precision: str, device_type: str, strategy: str) -> None:
 def _require_fp8(strategy: str) -> None:
     if strategy != "ddp":
         raise UserError(f"precision: fp8 with engine.strategy: {strategy}", "ddp", "set engine.strategy: ddp, or bf16")
-    if fp8_backend() is None:
+    if not has_fp8():
+        raise UserError("precision: fp8, but torchao is not installed", "it", "pip install torchao")
+
+
+def has_fp8() -> bool:
+    """Whether the library that does fp8 is here. Transformer Engine is not taken: as Accelerate 1.15 converts a model
+    to it, a head that is tied to the embedding becomes a weight of its own that no optimizer has."""
+    try:
+        metadata.version("torchao")
+    except metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def require_fp8_layers(model: nn.Module) -> None:
+    """UserError if no layer of a converted model multiplies in fp8: torchao takes nn.Linear only (GPT-2 has Conv1D),
+    but for the first and the last, of sizes that 16 divides."""
+    if not any(type(module).__name__ == "Float8Linear" for module in model.modules()):
         raise UserError(
-            "precision: fp8, but neither torchao nor transformer_engine is installed",
-            "one of them",
-            "pip install torchao",
+            "precision: fp8, but no layer of this model can multiply in it",
+            "nn.Linear of sizes that 16 divides, beside the first and the last",
+            "set precision: bf16",
         )
-
-
-def fp8_backend() -> str | None:
-    """The library that does fp8 here, by Accelerate's name: TE, AO, or None."""
-    for package, name in (("transformer_engine", "TE"), ("torchao", "AO")):
-        try:
-            metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-        return name
-    return None
 
 
 def set_matmul_precision(precision: str) -> None:

@@ -6,6 +6,8 @@ import statistics
 from collections import deque
 from collections.abc import Callable
 
+from torch import Tensor
+
 from trainer.config import Training
 from trainer.engine.strategy import StepResult
 from trainer.errors import UserError
@@ -24,7 +26,7 @@ class Trouble:
         self._losses: deque[float] = deque(maxlen=training.loss_spike.window_steps if training.loss_spike else 1)
 
     def spiked(
-        self, step: int, share: float, result: StepResult, loss_scale: float | None, samples: tuple[int, int]
+        self, step: int, share: Tensor, result: StepResult, loss_scale: float | None, samples: tuple[int, int]
     ) -> bool:
         """Look at a step: this rank's share of its loss, what the optimizer made of it, and the samples it saw.
 
@@ -41,7 +43,7 @@ class Trouble:
                 "finite numbers; those steps were left out, and the last checkpoint is intact",
                 "lower optim.learning_rate, set max_grad_norm, or look at those samples, and run again",
             )
-        return result.applied and self._training.loss_spike is not None and self._is_spike(step, share)
+        return result.applied and self._training.loss_spike is not None and self._is_spike(step, float(share))
 
     def _is_spike(self, step: int, share: float) -> bool:
         spike = self._training.loss_spike

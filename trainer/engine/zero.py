@@ -268,6 +268,8 @@ def resolve_zero(
     _check_version(draft, deepspeed_version, training, stage, on_cpu)
     if draft.get("steps_per_print", _AUTO) == _AUTO:
         draft.put("steps_per_print", _NEVER_STEPS)
+    if "timers" not in draft.tree:  # they have the GPU waited for in every forward, for lines that are never printed
+        draft.put("timers.throughput.enabled", False)
     draft.problems += [f'{key}: "auto", but the recipe has nothing for it' for key in _autos(draft.tree)]
     draft.fail_if_wrong(name)
     return ZeroConfig(name, stage, offload_optimizer, offload_param, draft.tree)

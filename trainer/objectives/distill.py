@@ -33,9 +33,9 @@ class Distillation:
     weights: DistillWeights
 
     def __call__(self, model: nn.Module, batch: Batch) -> LossSum:
+        (real_M,) = (batch.segments > 0).flatten().nonzero(as_tuple=True)  # once, and first: a GPU is waited for
         with torch.no_grad():
             teacher = self.teacher.at_targets(batch)
-        real_M = (batch.segments > 0).flatten()
 
         def score(student_CV: Tensor, part: slice) -> Sums:
             with torch.no_grad():  # logits of this part only, as the student's: two [N, V] never exist

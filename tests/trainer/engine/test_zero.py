@@ -91,6 +91,7 @@ def test_a_config_that_says_nothing_gets_the_recipes_numbers_written_out():
         "bf16": {"enabled": True},
         "fp16": {"enabled": False},
         "steps_per_print": 2**31 - 1,
+        "timers": {"throughput": {"enabled": False}},
     }
 
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -14,6 +15,7 @@ from tests.trainer.engine.zero_cases import CONFIGS, ROOT, SHIPPED, resolve, tra
 from trainer.config import EngineConfig
 from trainer.engine.zero import chosen_zero, load_zero
 from trainer.engine.zero_facts import DEPRECATED_ZERO_KEYS, REMOVED_KEYS, TOP_LEVEL_KEYS, ZERO_KEYS
+from trainer.errors import UserError
 
 
 def cases():
@@ -136,6 +138,22 @@ def test_accelerate_takes_the_yamls(yaml, monkeypatch):
     assert plugin.zero3_init_flag is (resolved.stage == 3)
     plugin.set_mixed_precision("no" if resolved.stage == 0 else "bf16")
     assert plugin.deepspeed_config == resolved.config | {"steps_per_print": float("inf")}
+
+
+def test_quantized_gradients_need_a_rank_for_each_gpu_that_is_seen(monkeypatch):
+    pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
+    import torch
+
+    from trainer.engine.zero_strategy import Zero
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    strategy = Zero(SimpleNamespace(state=SimpleNamespace(deepspeed_plugin=SimpleNamespace())), None)
+    with pytest.raises(UserError, match=r"with 4 rank\(s\) on a node that sees 8 GPUs"):
+        strategy.configure(resolve("zeropp", world=8))
+    strategy.configure(resolve("zero3", world=8))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    strategy.configure(resolve("zeropp", world=8))
 
 
 # ---- what is installed -----------------------------------------------------------------------------------------
