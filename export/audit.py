@@ -119,7 +119,7 @@ def audit(
             f"as {', '.join(missing[:3])}; kinds of layers: {', '.join(sorted({layer.kind for layer in layers}))}",
             "every product's layer, to know its type",
         )
-    other = [layer for layer in multiplying if not layer.types <= _allowed(asked, layer)]
+    other = [layer for layer in multiplying if not layer.types or not layer.types <= _allowed(asked, layer)]
     share = len(other) / len(multiplying)
     if share > max_wider_share:
         raise GateFailed(
@@ -140,7 +140,7 @@ def _allowed(asked: str, layer: Layer) -> set[str]:
 
 
 def _listed(layers: Sequence[Layer]) -> str:
-    return ", ".join(sorted({type for layer in layers for type in layer.types}))
+    return ", ".join(sorted({type for layer in layers for type in layer.types or ("what is not read",)}))
 
 
 def _layer(found: re.Match[str]) -> Layer:

@@ -15,7 +15,11 @@ _COLUMNS: Columns = (  # heading, key of a row, format
     ("peak MiB", "peak_memory_mib", ",.0f"),
     ("file MiB", "file_mib", ".1f"),
 )
-_ENERGY: Columns = (("J/request", "joules_per_request", ".3g"), ("J/token", "joules_per_token", ".3g"))
+_DEVICE: Columns = (
+    ("GPU MiB", "device_memory_mib", ",.0f"),
+    ("J/request", "joules_per_request", ".3g"),
+    ("J/token", "joules_per_token", ".3g"),
+)
 
 
 def show(report: dict[str, Any]) -> None:
@@ -24,8 +28,8 @@ def show(report: dict[str, Any]) -> None:
     console.print(
         _table(report["rows"], _COLUMNS, f"{report['machine']['cpu']}, {report['machine']['threads']} threads")
     )
-    if measured := [row for row in report["rows"] if row.get("joules_per_request") is not None]:
-        console.print(_table(measured, _ENERGY, "energy of the whole GPU"))  # eighty columns have no room for more
+    if measured := [row for row in report["rows"] if row.get("device_memory_mib") is not None]:
+        console.print(_table(measured, _DEVICE, "the whole GPU's"))  # eighty columns have no room for more
     for reason, rows in reasons(report["rows"]).items():
         console.print(f"{', '.join(rows)}: {reason}", markup=False)
     engines = [(row["model"], row["backend"], engine) for row in report["rows"] for engine in row.get("engines", ())]

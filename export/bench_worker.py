@@ -74,8 +74,8 @@ def main(path: Path) -> None:
         arrays = {name: archive[name] for name in archive.files}
     folder, threads = Path(job.folder), job.settings.threads
     cells = [_named(arrays, f"cell{index}|") for index in range(job.cells)]
-    runner, cold_start_s = open_cold(job, cells[0])
     counter, no_energy = (None, "") if job.provider == CPU_PROVIDER else energy.open_counter()
+    runner, cold_start_s = open_cold(job, cells[0])
     rows = [measure_row(runner, inputs, job.settings, SystemClock(), counter) for inputs in cells]
     if job.backend == "compile":
         check_compiled(runner, open_runner(folder, "eager", threads, job.provider, _pair_spec(job)), cells)
@@ -116,7 +116,8 @@ def graphs_of(job: Job, runner: Runner | Pair, inputs: Inputs) -> list[tuple[Pat
 def measure_row(
     runner: Runner | Pair, inputs: Inputs, settings: Settings, clock: Clock, counter: energy.Counter | None = None
 ) -> dict[str, Any]:
-    """Measured part of a report row for one batch of inputs; its energy, where there is a counter of it."""
+    """Measured part of a report row for one batch of inputs; its energy, and the memory on the device, which keeps all
+    that was taken since the model was opened, where there is a counter of them."""
     reset_peak_memory()
     found = measure(lambda: runner.run(inputs), settings, clock)
     mask_BT = inputs["attention_mask"]
@@ -124,7 +125,7 @@ def measure_row(
     row = describe(found, batch_size, real_tokens, mask_BT.size) | {"peak_memory_mib": peak_memory_mib()}
     if counter:
         joules = energy.joules_per_call(lambda: runner.run(inputs), counter, clock)
-        row |= energy.columns(joules, batch_size, real_tokens)
+        row |= energy.columns(joules, batch_size, real_tokens) | {"device_memory_mib": counter.taken_mib()}
     return row
 
 

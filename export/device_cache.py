@@ -32,8 +32,14 @@ class DeviceDecoder:
     _sets: tuple[dict[str, Any], dict[str, Any]] = field(default_factory=lambda: ({}, {}))
     _last: Kept | None = None
 
-    def advance(self, tokens: Mapping[str, np.ndarray], cache: Kept | None) -> tuple[np.ndarray, Kept]:
-        """Logits [B, T, V] for the token inputs, and what the next step goes on from. Without a cache a text begins."""
+    def advance(
+        self, tokens: Mapping[str, np.ndarray], cache: Kept | None, whole: bool = False
+    ) -> tuple[np.ndarray, Kept]:
+        """See `generate.Decoder`. Without a cache a text begins."""
+        with self.runner.stream():
+            return self._advance(tokens, cache, whole)
+
+    def _advance(self, tokens: Mapping[str, np.ndarray], cache: Kept | None, whole: bool) -> tuple[np.ndarray, Kept]:
         import torch
 
         assert cache is None or cache is self._last, "the buffers hold the last step's cache alone"
@@ -52,7 +58,7 @@ class DeviceDecoder:
         self.runner.enqueue(context)
         self.runner.wait()
         self._last = Kept(before.steps + 1, step.kept)
-        return logits.float().cpu().numpy(), self._last
+        return (logits if whole else logits[:, -1:]).float().cpu().numpy(), self._last
 
     def _bind(self, step: Step, batch: int) -> dict[str, Any]:
         """The buffers of every input and output of the cache. A past of length 0 is read from one that is not empty,

@@ -1,4 +1,5 @@
-"""Joules of a call on a GPU, from the card's own counter of the energy that it used since its driver was loaded (NVML).
+"""Joules of a call on a GPU, from the card's own counter of the energy that it used since its driver was loaded, and
+the memory that is taken on it (NVML).
 Which calls, and what their times are, is the benchmark's business; `nvidia-smi` tells power now and then, not energy.
 """
 
@@ -26,6 +27,10 @@ class Counter(Protocol):
         """How many processes compute on the card; the counter is of all of them together."""
         ...
 
+    def taken_mib(self) -> float:
+        """Memory in use on the card beyond what was when the counter was opened."""
+        ...
+
 
 @dataclass(frozen=True)
 class NvmlCounter:
@@ -33,12 +38,17 @@ class NvmlCounter:
 
     library: Any
     handle: Any
+    used_before: int = 0
+    """Bytes."""
 
     def joules(self) -> float:
         return self.library.nvmlDeviceGetTotalEnergyConsumption(self.handle) / 1e3  # mJ
 
     def users(self) -> int:
         return len(self.library.nvmlDeviceGetComputeRunningProcesses(self.handle))
+
+    def taken_mib(self) -> float:
+        return (self.library.nvmlDeviceGetMemoryInfo(self.handle).used - self.used_before) / 2**20
 
 
 def open_counter() -> tuple[NvmlCounter | None, str]:
@@ -54,7 +64,7 @@ def open_counter() -> tuple[NvmlCounter | None, str]:
         index = first_visible(cards, os.environ.get("CUDA_VISIBLE_DEVICES"), os.environ.get("CUDA_DEVICE_ORDER"))
         if isinstance(index, str):
             return None, index
-        counter = NvmlCounter(pynvml, handles[index])
+        counter = NvmlCounter(pynvml, handles[index], pynvml.nvmlDeviceGetMemoryInfo(handles[index]).used)
         counter.joules()
     except pynvml.NVMLError as error:  # from before Volta a card has no such counter
         return None, f"NVML: {error}"

@@ -36,7 +36,9 @@ class InSteps:
         decoder, cache, logits, start = decoder_of(self.runner, self.spec), None, [], 0
         ids_BT, mask = inputs["input_ids"], inputs["attention_mask"]
         for end in range(self.first, ids_BT.shape[1] + 1):
-            found, cache = decoder.advance(self.spec.token_feeds(ids_BT[:, start:end], mask[:, :end]), cache)
+            found, cache = decoder.advance(
+                self.spec.token_feeds(ids_BT[:, start:end], mask[:, :end]), cache, whole=True
+            )
             logits.append(found)
             start = end
         return {"logits": np.concatenate(logits, axis=1)}

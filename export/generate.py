@@ -13,12 +13,12 @@ import numpy as np
 
 from export.device_cache import DeviceDecoder
 from export.io_spec import IoSpec
-from export.runners import OnnxRunner, Pair, Runner
+from export.runners import CUDA_PROVIDER, TENSORRT_PROVIDER, OnnxRunner, Pair, Runner, TorchRunner
 from export.tensorrt_runner import TensorRTRunner
 from trainer.errors import UserError
 
 # Where ONNX Runtime keeps a session's cache; any other provider keeps it on the CPU.
-_DEVICES = {"CUDAExecutionProvider": "cuda"}
+_DEVICES = {CUDA_PROVIDER: "cuda", TENSORRT_PROVIDER: "cuda"}
 
 
 @dataclass(frozen=True)
@@ -50,8 +50,11 @@ class Sampling:
 class Decoder(Protocol):
     """One step of a model that keeps its cache where it computes."""
 
-    def advance(self, tokens: Mapping[str, np.ndarray], cache: Any | None) -> tuple[np.ndarray, Any]:
-        """Logits [B, T, V] for the token inputs of `IoSpec.token_feeds`, and the cache of the next step."""
+    def advance(
+        self, tokens: Mapping[str, np.ndarray], cache: Any | None, whole: bool = False
+    ) -> tuple[np.ndarray, Any]:
+        """Logits of the last token, [B, 1, V], or of all, [B, T, V], for the token inputs of `IoSpec.token_feeds`, and
+        the cache of the next step."""
         ...
 
 
@@ -64,11 +67,31 @@ class CopyingDecoder:
     encoded: Mapping[str, np.ndarray] = field(default_factory=dict)
     """What every step attends to beside its past."""
 
-    def advance(self, tokens: Mapping[str, np.ndarray], cache: Any | None) -> tuple[np.ndarray, Any]:
+    def advance(
+        self, tokens: Mapping[str, np.ndarray], cache: Any | None, whole: bool = False
+    ) -> tuple[np.ndarray, Any]:
         assert self.spec.cache is not None
         past = self.spec.cache.empty(len(tokens["input_ids"])) if cache is None else cache
         outputs = self.runner.run({**tokens, **self.encoded, **past})
-        return outputs["logits"], self.spec.cache.next_past(outputs)
+        return outputs["logits"][:, 0 if whole else -1 :], self.spec.cache.next_past(outputs)
+
+
+@dataclass(frozen=True)
+class TorchDecoder:
+    """PyTorch: the cache stays in its tensors, on their device."""
+
+    runner: TorchRunner
+    spec: IoSpec
+    encoded: Mapping[str, Any] = field(default_factory=dict)
+    """What every step attends to beside its past: name to tensor."""
+
+    def advance(
+        self, tokens: Mapping[str, np.ndarray], cache: Any | None, whole: bool = False
+    ) -> tuple[np.ndarray, Any]:
+        assert self.spec.cache is not None
+        past = self.runner.tensors(self.spec.cache.empty(len(tokens["input_ids"]))) if cache is None else cache
+        outputs = self.runner.run_tensors({**self.runner.tensors(tokens), **self.encoded, **past})
+        return outputs["logits"][:, 0 if whole else -1 :].cpu().numpy(), self.spec.cache.next_past(outputs)
 
 
 @dataclass(frozen=True)
@@ -80,7 +103,9 @@ class BoundDecoder:
     encoded: Mapping[str, Any] = field(default_factory=dict)
     """What every step attends to beside its past, where it is computed: name to OrtValue."""
 
-    def advance(self, tokens: Mapping[str, np.ndarray], cache: Any | None) -> tuple[np.ndarray, Any]:
+    def advance(
+        self, tokens: Mapping[str, np.ndarray], cache: Any | None, whole: bool = False
+    ) -> tuple[np.ndarray, Any]:
         from onnxruntime import OrtValue
 
         layout, session = self.spec.cache, self.runner.session
@@ -99,13 +124,15 @@ class BoundDecoder:
             binding.bind_output(name, device)
         session.run_with_iobinding(binding)
         logits, *presents = binding.get_outputs()
-        return logits.numpy(), presents
+        return logits.numpy()[:, 0 if whole else -1 :], presents
 
 
 def decoder_of(runner: Runner, spec: IoSpec, encoded: Mapping[str, np.ndarray] | None = None) -> Decoder:
     """The decoder of a runner, on what an encoder put out, if there is one."""
     if isinstance(runner, TensorRTRunner) and spec.encoder is None:
         return DeviceDecoder(runner, spec)
+    if isinstance(runner, TorchRunner):
+        return TorchDecoder(runner, spec, runner.tensors(encoded or {}))
     if not isinstance(runner, OnnxRunner):
         return CopyingDecoder(runner, spec, encoded or {})
     from onnxruntime import OrtValue

@@ -14,12 +14,14 @@ of keys and values, D their size.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 
 from trainer.errors import UserError
 from trainer.export_config import ONNX_FILES, Precision
+
+Value = TypeVar("Value")
 
 BATCH = "batch_size"
 SEQUENCE = "sequence_length"
@@ -98,7 +100,7 @@ class CacheLayout:
         shape = (batch, self.heads, 0, self.head_size)
         return {name: np.zeros(shape, dtype=np.float32) for name in self.past_names}
 
-    def next_past(self, outputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    def next_past(self, outputs: Mapping[str, Value]) -> dict[str, Value]:
         """What one step puts out under the names that the next takes it by."""
         return {past: outputs[present] for past, present in zip(self.past_names, self.present_names, strict=True)}
 

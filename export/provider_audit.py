@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from export.runners import open_onnx
+from export.runners import CUDA_PROVIDER, TENSORRT_PROVIDER, open_onnx
 from trainer.errors import UserError
 
 _SHAPE_TYPES = {"int64", "int32", "bool"}
@@ -20,7 +20,7 @@ _SHAPE_TYPES = {"int64", "int32", "bool"}
 
 @dataclass(frozen=True)
 class Audit:
-    """Nodes by provider, and those by operator that ran on the CPU though another provider was asked for.
+    """Nodes by provider, and those by operator that ran elsewhere than asked: on the CPU or, for the CPU, elsewhere.
 
     What only reckons with shapes does not count as strayed: ONNX Runtime keeps that on the CPU by intent, as the next
     kernel's launch needs it there.
@@ -58,8 +58,9 @@ def audit(path: Path, provider: str, threads: int, inputs: Mapping[str, np.ndarr
 def read_profile(events: Iterable[Mapping[str, Any]], provider: str) -> Audit:
     """Count the nodes of a profile; each once, however often a loop ran it."""
     nodes = {event["name"]: event["args"] for event in events if event.get("args", {}).get("provider")}
+    asked = {provider, CUDA_PROVIDER} if provider == TENSORRT_PROVIDER else {provider}
     strayed = Counter(
-        args["op_name"] for args in nodes.values() if args["provider"] != provider and not _is_about_shapes(args)
+        args["op_name"] for args in nodes.values() if args["provider"] not in asked and not _is_about_shapes(args)
     )
     return Audit(dict(Counter(args["provider"] for args in nodes.values()).most_common()), dict(strayed.most_common()))
 

@@ -20,6 +20,12 @@ from trainer.export_config import ENGINES, ONNX_FILES, Backend
 
 Arrays = dict[str, np.ndarray]
 CPU_PROVIDER = "CPUExecutionProvider"
+CUDA_PROVIDER = "CUDAExecutionProvider"
+TENSORRT_PROVIDER = "TensorrtExecutionProvider"
+# By default it multiplies fp32 in TF32, which has the mantissa of fp16.
+_CUDA = (CUDA_PROVIDER, {"use_tf32": "0"})
+# What a session is opened with for the provider that is asked for: TensorRT leaves what it does not take to CUDA.
+_OPENED = {CUDA_PROVIDER: [_CUDA], TENSORRT_PROVIDER: [TENSORRT_PROVIDER, _CUDA]}
 
 
 class Runner(Protocol):
@@ -44,7 +50,7 @@ class OnnxRunner:
 
 @dataclass(frozen=True)
 class TorchRunner:
-    """A model folder in PyTorch, as it is or compiled. Arrays are copied to its device and back in each call."""
+    """A model folder in PyTorch, as it is or compiled. `run` copies arrays to its device and back in each call."""
 
     call: Callable[..., Any]
     input_names: tuple[str, ...]
@@ -53,11 +59,21 @@ class TorchRunner:
 
     def run(self, inputs: Mapping[str, np.ndarray]) -> Arrays:
         """All outputs for `inputs`."""
+        return {name: value.cpu().numpy() for name, value in self.run_tensors(self.tensors(inputs)).items()}
+
+    def tensors(self, arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
+        """The arrays on the model's device."""
+        import torch
+
+        return {name: torch.from_numpy(value).to(self.device) for name, value in arrays.items()}
+
+    def run_tensors(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """The same on tensors that lie on the model's device, where all outputs stay."""
         import torch
 
         with torch.inference_mode():
-            values = self.call(*(torch.from_numpy(inputs[name]).to(self.device) for name in self.input_names))
-        return {name: value.cpu().numpy() for name, value in zip(self.output_names, values, strict=True)}
+            values = self.call(*(inputs[name] for name in self.input_names))
+        return dict(zip(self.output_names, values, strict=True))
 
 
 @dataclass(frozen=True)
@@ -142,6 +158,8 @@ def open_onnx(path: Path, threads: int, provider: str = CPU_PROVIDER, profile: P
     if not path.is_file():
         raise UserError(f"{path} is not there", "an exported model", "run `lmworks export` first")
     require_provider(provider)
+    if provider != CPU_PROVIDER:
+        onnxruntime.preload_dlls()  # CUDA's and cuDNN's wheels, which nothing else loads where torch is not imported
     options = onnxruntime.SessionOptions()
     if profile is not None:
         options.enable_profiling, options.profile_file_prefix = True, str(profile)
@@ -152,7 +170,7 @@ def open_onnx(path: Path, threads: int, provider: str = CPU_PROVIDER, profile: P
         # ONNX Runtime (1.30) takes fp8 between a product's quantized numbers for int8, and refuses what it made then.
         options.add_session_config_entry("session.disable_quant_qdq", "1")
     try:
-        session = onnxruntime.InferenceSession(path, options, providers=[provider])
+        session = onnxruntime.InferenceSession(path, options, providers=_OPENED.get(provider, [provider]))
     except Exception as error:  # its errors have no class in common
         raise UserError(
             f"{path.name} does not open on {provider}: {str(error).splitlines()[0][:300]}",

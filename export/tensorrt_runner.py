@@ -2,6 +2,7 @@
 Whether an engine may be loaded is `engine_files`' business, which is asked first.
 """
 
+import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -47,20 +48,32 @@ class TensorRTRunner:
     cuda_graphs: bool = False
     device: str = "cuda"
     """torch's name of where buffers lie."""
+    _own_stream: Any = None
     _contexts: dict[int, Any] = field(default_factory=dict)  # by profile
     _recorded: dict[tuple[Any, ...], _Bound] = field(default_factory=dict)  # by shapes
 
     def run(self, inputs: Mapping[str, np.ndarray]) -> Arrays:
         """All outputs for `inputs`; UserError for shapes that no profile of the engine takes."""
         profile = require_profile(self.profiles, {port.name: inputs[port.name].shape for port in self.inputs})
-        if self.cuda_graphs:
-            bound = self._replay(profile, inputs)
-        else:
-            bound = self._bind(self.context(profile), inputs)
-            self.enqueue(bound.context)
-        self.wait()
-        return {name: buffer.float().cpu().numpy() if buffer.is_floating_point() else buffer.cpu().numpy()
-                for name, buffer in bound.outputs.items()}  # fmt: skip
+        with self.stream():
+            if self.cuda_graphs:
+                bound = self._replay(profile, inputs)
+            else:
+                bound = self._bind(self.context(profile), inputs)
+                self.enqueue(bound.context)
+            self.wait()
+            return {name: buffer.float().cpu().numpy() if buffer.is_floating_point() else buffer.cpu().numpy()
+                    for name, buffer in bound.outputs.items()}  # fmt: skip
+
+    def stream(self) -> contextlib.AbstractContextManager[object]:
+        """The stream of all that this engine does, made once: TensorRT waits more often on CUDA's default one."""
+        import torch
+
+        if self.device == "cpu":
+            return contextlib.nullcontext()
+        if self._own_stream is None:
+            self._own_stream = torch.cuda.Stream()
+        return torch.cuda.stream(self._own_stream)
 
     def context(self, profile: int) -> Any:
         """The execution context of a profile, made once."""
@@ -69,18 +82,18 @@ class TensorRTRunner:
         return self._contexts[profile]
 
     def enqueue(self, context: Any) -> None:
-        """Begin a call whose shapes and addresses are set."""
-        if not context.execute_async_v3(self._stream()):
+        """Begin a call whose shapes and addresses are set, on the current stream."""
+        if not context.execute_async_v3(self._current()):
             raise RuntimeError("the engine did not run")
 
     def wait(self) -> None:
-        """Until all calls are done."""
+        """Until all calls on the current stream are done."""
         import torch
 
         if self.device != "cpu":
             torch.cuda.current_stream().synchronize()
 
-    def _stream(self) -> int:
+    def _current(self) -> int:
         import torch
 
         return torch.cuda.current_stream().cuda_stream if self.device != "cpu" else 0
@@ -102,7 +115,7 @@ class TensorRTRunner:
 
     def _new_context(self, profile: int) -> Any:
         context = self.engine.create_execution_context()
-        context.set_optimization_profile_async(profile, self._stream())
+        context.set_optimization_profile_async(profile, self._current())
         return context
 
     def _bind(self, context: Any, inputs: Mapping[str, np.ndarray]) -> _Bound:
@@ -134,7 +147,7 @@ class TensorRTRunner:
             self.enqueue(context)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # TensorRT-RTX compiles in threads of its own
             self.enqueue(context)
         return graph
 

@@ -97,7 +97,7 @@ class Traceable(torch.nn.Module):
         arguments: dict[str, Any] = dict(zip(self.names, inputs, strict=True))
         if self.makes_positions:
             batch, length = inputs[0].shape
-            arguments["position_ids"] = torch.arange(length)[None].expand(batch, -1)
+            arguments["position_ids"] = torch.arange(length, device=inputs[0].device)[None].expand(batch, -1)
         if self.cache is None and self.cross is not None:
             return self._encode(arguments, self.cross)
         if self.cache is None:
@@ -128,7 +128,7 @@ class Traceable(torch.nn.Module):
         return self.model(
             decoder_input_ids=arguments["input_ids"],
             # Without it the causal mask is left to attention itself, which T5's position bias counts from 0.
-            decoder_attention_mask=torch.ones(keys.shape[0], length, dtype=torch.int64),
+            decoder_attention_mask=torch.ones(keys.shape[0], length, dtype=torch.int64, device=keys.device),
             attention_mask=arguments["encoder_attention_mask"],
             encoder_outputs=BaseModelOutput(last_hidden_state=keys[:, 0]),  # asked for its batch and length only
             past_key_values=EncoderDecoderCache(past, crossed),

@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # Trainer would take all that it sees
 
 import torch
 from torch import Tensor, nn

@@ -103,8 +103,10 @@ def test_a_second_text_and_a_second_step_from_one_cache(gpt2, raw_graph):
         cache = copied = None
         for _ in range(3):
             first = cache
-            found, cache = decoder.advance(gpt2.token_feeds(ids, mask), cache)
-            expected, copied = copying.advance(gpt2.token_feeds(ids, mask), copied)
+            whole = batch != 4  # or the last token's logits alone
+            found, cache = decoder.advance(gpt2.token_feeds(ids, mask), cache, whole)
+            expected, copied = copying.advance(gpt2.token_feeds(ids, mask), copied, whole)
+            assert found.shape[1] == (ids.shape[1] if whole else 1)
             np.testing.assert_allclose(found, expected, atol=1e-5)
             ids, mask = ids[:, :1], np.ones((batch, mask.shape[1] + 1), dtype=np.int64)
     with pytest.raises(AssertionError, match="the last step's cache alone"):

@@ -86,6 +86,7 @@ def nvml(monkeypatch, energy_mj):
             raise NvmlError("Not Supported")
         return energy_mj
 
+    used = iter((100 * 2**20, 350 * 2**20))  # a context of others, then this process's as well
     library = SimpleNamespace(
         NVMLError=NvmlError,
         nvmlInit=lambda: None,
@@ -95,6 +96,7 @@ def nvml(monkeypatch, energy_mj):
         nvmlDeviceGetName=lambda handle: b"NVIDIA H100",
         nvmlDeviceGetTotalEnergyConsumption=read,
         nvmlDeviceGetComputeRunningProcesses=lambda handle: [1],
+        nvmlDeviceGetMemoryInfo=lambda handle: SimpleNamespace(used=next(used)),
     )
     monkeypatch.setitem(sys.modules, "pynvml", library)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
@@ -103,7 +105,7 @@ def nvml(monkeypatch, energy_mj):
 def test_millijoules_are_read_as_joules(monkeypatch):
     nvml(monkeypatch, 1500)
     counter, reason = open_counter()
-    assert (counter.joules(), counter.users(), reason) == (1.5, 1, "")
+    assert (counter.joules(), counter.users(), counter.taken_mib(), reason) == (1.5, 1, 250.0, "")
 
 
 def test_why_there_is_no_counter(monkeypatch):
@@ -117,10 +119,14 @@ def test_rows_have_joules_where_there_is_a_counter(model_folder, raw_graph, monk
     monkeypatch.setattr(energy, "_STRETCH_S", 0.01)
     settings, spec = Settings(1, 0.005, 3, 0.99), read_spec(model_folder("gpt2"))
     runner, inputs = open_onnx(raw_graph("gpt2"), 1), spec.pad([[5, 6, 7, 8], [9]], 4)
-    counter = SimpleNamespace(joules=SystemClock().wall_s, users=lambda: 1)  # one watt
+    counter = SimpleNamespace(joules=SystemClock().wall_s, users=lambda: 1, taken_mib=lambda: 42.0)  # one watt
     row = measure_row(runner, inputs, settings, SystemClock(), counter)
     assert row["joules_per_request"] == pytest.approx(row["joules_per_token"] * 5 / 2) and row["joules_per_token"] > 0
-    assert not {"joules_per_request", "no_energy"} & measure_row(runner, inputs, settings, SystemClock()).keys()
+    assert row["device_memory_mib"] == 42.0
+    assert (
+        not {"joules_per_request", "no_energy", "device_memory_mib"}
+        & measure_row(runner, inputs, settings, SystemClock()).keys()
+    )
     steps = measure_decode(runner, model_folder("gpt2"), inputs["input_ids"][:1], 4, settings, SystemClock(), counter)
     assert steps["joules_per_request"] == pytest.approx(steps["joules_per_token"] * 4)
 
@@ -132,6 +138,7 @@ def test_the_table_has_columns_only_where_there_is_a_figure(capsys):
     bench_table.show(report | {"rows": [row], "no_energy": [{"reason": "pynvml is not installed"}] * 2})
     said = capsys.readouterr().out
     assert "J/request" not in said and said.count("no energy: pynvml is not installed") == 1
-    bench_table.show(report | {"rows": [row, row | {"joules_per_request": 0.01234, "joules_per_token": 0.001}]})
+    bench_table.show(report | {"rows": [row, row | {"joules_per_request": 0.01234, "joules_per_token": 0.001,
+                                                         "device_memory_mib": 1234.0}]})  # fmt: skip
     said = capsys.readouterr().out
-    assert "J/request" in said and "0.0123" in said and "no energy" not in said
+    assert "1,234" in said and "J/request" in said and "0.0123" in said and "no energy" not in said

@@ -6,7 +6,17 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.generation import logits_process
 
-from export.generate import BoundDecoder, CopyingDecoder, Sampling, choose, decoder_of, generate, probabilities, stream
+from export.generate import (
+    BoundDecoder,
+    CopyingDecoder,
+    Sampling,
+    TorchDecoder,
+    choose,
+    decoder_of,
+    generate,
+    probabilities,
+    stream,
+)
 from export.io_spec import read_spec
 from export.runners import open_onnx, open_torch
 from trainer.errors import UserError
@@ -106,6 +116,21 @@ def test_the_cache_is_bound_where_it_lies(model_folder, raw_graph):
     width = len(spec.cache.past_names)
     assert len(spy.bound) == 4 * width
     assert spy.bound[width:] == spy.put_out[:-width]
+
+
+def test_pytorchs_cache_stays_in_its_tensors(model_folder):
+    folder = model_folder("llama")
+    spec, runner = read_spec(folder), open_torch(folder, 1)
+    decoder = decoder_of(runner, spec)
+    assert isinstance(decoder, TorchDecoder)
+    tokens, mask, cache, copied = np.array([[4, 5, 6]]), np.ones((1, 3), dtype=np.int64), None, None
+    for whole in (True, False, True):
+        logits, cache = decoder.advance(spec.token_feeds(tokens, mask), cache, whole)
+        other, copied = CopyingDecoder(runner, spec).advance(spec.token_feeds(tokens, mask), copied, whole)
+        np.testing.assert_array_equal(logits, other)
+        assert logits.shape[1] == (tokens.shape[1] if whole else 1)
+        assert {type(value) for value in cache.values()} == {torch.Tensor}
+        tokens, mask = logits[:, -1].argmax(axis=-1)[:, None], np.ones((1, mask.shape[1] + 1), dtype=np.int64)
 
 
 @pytest.mark.parametrize(

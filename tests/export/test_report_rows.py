@@ -104,7 +104,7 @@ def test_an_engine_s_row_counts_where_its_graph_and_its_own_numbers_were_proven(
 
     def change(row):
         if row["backend"] == "onnx_fp32":
-            row.update(backend="tensorrt_fp32", engine={"parity": parity})
+            row.update(backend="tensorrt_fp32", engines=[{"parity": {"max_abs": 1e-6}}, {"parity": parity}])
 
     bench(recipe, change)
     rows = describe_rows(read_results(recipe))
