@@ -119,7 +119,13 @@ def audit(
             f"as {', '.join(missing[:3])}; kinds of layers: {', '.join(sorted({layer.kind for layer in layers}))}",
             "every product's layer, to know its type",
         )
-    other = [layer for layer in multiplying if not layer.types or not layer.types <= _allowed(asked, layer)]
+    unread = [layer for layer in multiplying if not (layer.inputs or layer.constants)]
+    if unread:
+        raise GateFailed(
+            f"{what}: the tensors of {len(unread)} matrix layers are not read, such as those of {unread[0].name}",
+            "every product's tensors, to know its type",
+        )
+    other = [layer for layer in multiplying if not layer.types <= _allowed(asked, layer)]
     share = len(other) / len(multiplying)
     if share > max_wider_share:
         raise GateFailed(
@@ -140,7 +146,7 @@ def _allowed(asked: str, layer: Layer) -> set[str]:
 
 
 def _listed(layers: Sequence[Layer]) -> str:
-    return ", ".join(sorted({type for layer in layers for type in layer.types or ("what is not read",)}))
+    return ", ".join(sorted({type for layer in layers for type in layer.types}))
 
 
 def _layer(found: re.Match[str]) -> Layer:

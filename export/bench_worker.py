@@ -125,7 +125,9 @@ def measure_row(
     row = describe(found, batch_size, real_tokens, mask_BT.size) | {"peak_memory_mib": peak_memory_mib()}
     if counter:
         joules = energy.joules_per_call(lambda: runner.run(inputs), counter, clock)
-        row |= energy.columns(joules, batch_size, real_tokens) | {"device_memory_mib": counter.taken_mib()}
+        row |= energy.columns(joules, batch_size, real_tokens)
+        if counter.users() <= 1:  # what is taken is all processes'
+            row["device_memory_mib"] = counter.taken_mib()
     return row
 
 

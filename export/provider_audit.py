@@ -20,7 +20,7 @@ _SHAPE_TYPES = {"int64", "int32", "bool"}
 
 @dataclass(frozen=True)
 class Audit:
-    """Nodes by provider, and those by operator that ran elsewhere than asked: on the CPU or, for the CPU, elsewhere.
+    """Nodes by provider, and those by operator that ran elsewhere than asked. What TensorRT leaves to CUDA is as asked.
 
     What only reckons with shapes does not count as strayed: ONNX Runtime keeps that on the CPU by intent, as the next
     kernel's launch needs it there.

@@ -212,18 +212,29 @@ def _stand_in(plan: Path, manifest: Mapping[str, Any], origin: Origin, here: Pla
     folder = plan.parent.with_name(f"{plan.parent.name}.rebuilt") / f"sm{here.compute_capability.replace('.', '')}"
     name = plan_name(origin.variant, here.compute_capability, origin.spec.stem)
     made = folder / name.removesuffix(".plan") / name  # each in a folder of its own, which is there whole or not at all
+    if (found := _made_before(made, manifest, here, reason)) is not None:
+        return found
     with in_turn(plan.parent, _BUILD_LIMIT_S, "building in place of an engine in"):
-        if made.is_file() and manifest_of(made).is_file():
-            before = read_manifest(made)
-            known = before.get("parity") is not None or not gpus()
-            if before["onnx"] == manifest["onnx"] and known and not _misfit(made, before, here):
-                return Fitting(made, before.get("parity"), reason)
+        if (found := _made_before(made, manifest, here, reason)) is not None:  # by the one that was waited for
+            return found
         parity = _build(manifest, origin, made, here)
     numbers = "no GPU is here to compare its numbers" if parity is None else "it gives its graph's numbers"
     Console(stderr=True, highlight=False).print(
         f"{reason}: {made} was built in its place; its layers have been read back, {numbers}", soft_wrap=True
     )
     return Fitting(made, parity, reason)
+
+
+def _made_before(made: Path, manifest: Mapping[str, Any], here: Place, reason: str) -> Fitting | None:
+    """The plan that an earlier call built of the same graph, if it fits and its numbers are known as far as they can
+    be."""
+    if not (made.is_file() and manifest_of(made).is_file()):
+        return None
+    before = read_manifest(made)
+    known = before.get("parity") is not None or not gpus()
+    if before["onnx"] == manifest["onnx"] and known and not _misfit(made, before, here):
+        return Fitting(made, before.get("parity"), reason)
+    return None
 
 
 def _build(manifest: Mapping[str, Any], origin: Origin, made: Path, here: Place) -> dict[str, Any] | None:

@@ -24,7 +24,8 @@ CUDA_PROVIDER = "CUDAExecutionProvider"
 TENSORRT_PROVIDER = "TensorrtExecutionProvider"
 # By default it multiplies fp32 in TF32, which has the mantissa of fp16.
 _CUDA = (CUDA_PROVIDER, {"use_tf32": "0"})
-# What a session is opened with for the provider that is asked for: TensorRT leaves what it does not take to CUDA.
+# What a session is opened with for the provider that is asked for: TensorRT leaves what it does not take to CUDA. Of
+# TensorRT's provider nothing but its environment (NVIDIA_TF32_OVERRIDE) sets TF32.
 _OPENED = {CUDA_PROVIDER: [_CUDA], TENSORRT_PROVIDER: [TENSORRT_PROVIDER, _CUDA]}
 
 

@@ -172,7 +172,7 @@ class Training(Section):
     """What matrices are multiplied in. Master weights and optimizer state are fp32 always."""
     gradient_checkpointing: bool = False
     compile: bool = False
-    """torch.compile each transformer block."""
+    """torch.compile each transformer block and, on a GPU, cross entropy."""
     attention: Literal["auto", "sdpa", "flex_attention", "flash_attention_2", "varlen"] = "auto"
     """Kernel, by transformers' name, or varlen: torch's own flash kernel over documents of any length. auto takes the
     fastest that keeps packed documents apart here, and says so."""

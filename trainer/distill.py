@@ -49,7 +49,7 @@ def make_student(
     causal: bool,
     sequence_length: int,
     seed: int,
-    blank: bool,
+    blank: bool = False,
 ) -> PreTrainedModel:
     """The student as the recipe wants it: layers of the teacher, or a shape of its own with weights from `seed` (or
     with none: see `models.build`)."""
@@ -58,7 +58,7 @@ def make_student(
         config = make_config(architecture, stage.student.config, tokenizer, sequence_length)
         return from_config(config, causal, seed, blank)
     layers = stage.student.keep_layers or tuple(range(0, teacher.config.num_hidden_layers, stage.student.every or 1))
-    return student_from_layers(teacher, layers, stage.student.architecture)
+    return student_from_layers(teacher, layers, stage.student.architecture, blank)
 
 
 if __name__ == "__main__":

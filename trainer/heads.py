@@ -114,7 +114,7 @@ class LossPlan(NamedTuple):
     parts: int = 1
     liger: bool = False
     compiled: bool = False
-    """Cross entropy is one kernel over the logits as the head gives them, without float32 copies of them."""
+    """Cross entropy is compiled, but for distillation's."""
 
 
 WHOLE = LossPlan()
@@ -189,7 +189,8 @@ def sums_over_targets(head: Head, hidden_ND: Tensor, score: Score, plan: LossPla
 
 
 def _part(head: Head, hidden_CD: Tensor, score: Score, part: slice, plan: LossPlan) -> Sums:
-    with _weight_cast_anew(hidden_CD.device.type) if plan.parts > 1 else contextlib.nullcontext():
+    added_up = plan.parts > 1 and torch.is_grad_enabled()
+    with _weight_cast_anew(hidden_CD.device.type) if added_up else contextlib.nullcontext():
         logits_CV = head.logits(hidden_CD)
     if plan.compiled and isinstance(score, CrossEntropy):
         return compiled_sums()(logits_CV, score.targets_N[part])
@@ -198,7 +199,7 @@ def _part(head: Head, hidden_CD: Tensor, score: Score, part: slice, plan: LossPl
 
 def _weight_cast_anew(kind: str) -> torch.autocast:
     """Autocast, if it is on, without its cache: of the one copy that all parts would share, their gradients would be
-    added up in 16 bits."""
+    added up in 16 bits. (Where no autocast is, under FSDP2 and ZeRO's bf16 section, they are.)"""
     return torch.autocast(kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind), cache_enabled=False)
 
 

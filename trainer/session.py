@@ -174,12 +174,10 @@ class Session:
             checkpoint_layers(model)
         fp8 = training.precision == "fp8"
         if fp8:  # its layers scale whole tensors, in which every document moves the rounding of all: looked at before
-            with self.engine.autocast():
-                self._check_attention(module.to(self.engine.device), model)
+            self._check_attention(module.to(self.engine.device), model)
         self.engine.prepare(module, self._build_optimizer, model.config.hidden_size)
         if not fp8:
-            with self.engine.autocast():
-                self._check_attention(self.engine.unwrapped, model)
+            self._check_attention(self.engine.unwrapped, model)
         if training.compile:  # after the check, so that nothing is compiled for its few short rows
             # All layers share one cache, and the default of 8 does not hold ModernBERT's three kinds in their shapes.
             torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
@@ -190,8 +188,9 @@ class Session:
         """A teacher: where the engine holds it, with the kernel that suits it, and never trained."""
         module = LanguageModel(model, self._kernel(model, dropout=0.0, whose="teacher's "), WHOLE)
         module.eval().requires_grad_(False)
-        self._log.say(f"teacher: {self.engine.hold_frozen(module)}")
-        self._check_attention(module, model)
+        with self.engine.ranks.naming_the_lost():  # rank 0 alone reads the weights, and may have ended over them
+            self._log.say(f"teacher: {self.engine.hold_frozen(module)}")
+            self._check_attention(module, model)
         return module
 
     def _kernel(self, model: PreTrainedModel, dropout: float, whose: str = "") -> Kernel:
@@ -207,14 +206,16 @@ class Session:
 
     def _check_attention(self, module: nn.Module, model: PreTrainedModel) -> None:
         if self.causal:
-            check_causality(module, model.config, self._data.packing == "isolate")
+            with self.engine.autocast():
+                check_causality(module, model.config, self._data.packing == "isolate")
         if self._data.packing != "isolate":
             return
         rows, length = self._training.micro_batch_size, self._data.sequence_length
         # A GPU's kernels depend on the shape, and are quick; one of a CPU is enough.
         if self.engine.device.type == "cpu":
             rows, length = 1, min(16, length)
-        check_isolation(module, model.config, self._training.precision, rows, length)
+        with self.engine.autocast():
+            check_isolation(module, model.config, self._training.precision, rows, length)
 
     def _most_targets(self) -> int:
         share = self._objective.mlm_probability if isinstance(self._objective, MaskedLM) else 1.0

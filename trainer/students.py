@@ -48,8 +48,11 @@ _DISTILBERT_SIZES = {
 }
 
 
-def student_from_layers(teacher: PreTrainedModel, layers: tuple[int, ...], architecture: str | None) -> PreTrainedModel:
-    """A student that begins as the chosen layers of the teacher, with its embeddings and head.
+def student_from_layers(
+    teacher: PreTrainedModel, layers: tuple[int, ...], architecture: str | None, blank: bool = False
+) -> PreTrainedModel:
+    """A student that begins as the chosen layers of the teacher, with its embeddings and head; a `blank` one has no
+    weights (see `models.build`).
 
     `architecture` may be the teacher's own, or distilbert for a bert teacher (Sanh et al. 2019, arXiv:1910.01108).
     """
@@ -64,7 +67,9 @@ def student_from_layers(teacher: PreTrainedModel, layers: tuple[int, ...], archi
             "or give the student its own `config`",
         )
     config = _student_config(teacher.config, target, layers)
-    student = from_config(config, is_causal(teacher), seed=0)
+    student = from_config(config, is_causal(teacher), seed=0, blank=blank)
+    if blank:
+        return student
     weights = dict(_kept_weights(teacher.state_dict(), layers))
     if target != source:
         weights = _bert_to_distilbert(weights)

@@ -3,6 +3,7 @@
 import ctypes.util
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from safetensors.torch import load_file
 
 from trainer.__main__ import main
 from trainer.engine.zero import load_zero
+from trainer.models import from_config, load_tokenizer, make_config
 from trainer.recipe_file import load_recipe
 
 FORKED = Path(__file__).with_name("forked.py")
@@ -142,22 +144,51 @@ def test_a_teacher_is_cut_where_its_student_is_and_teaches_alike(recipe, tmp_pat
     assert main(["distill", str(reference)]) == 0
     teacher = f"distill.teacher={load_recipe(str(reference)).model_dir('pretrain')}"
     attempts, paths = [], []
-    for name, precision in [*((name, "fp32") for name in ("ddp", "fsdp2", "zero2", "zero3")), ("fsdp2", "bf16"),
-                            ("zero0", "bf16"), ("zero3", "bf16")]:  # fmt: skip
+    for name, precision in [*((name, "fp32") for name in ("ddp", "fsdp2", "zero2", "zero3")),
+                            *((name, "bf16") for name in ("ddp", "fsdp2", "zero0", "zero3"))]:  # fmt: skip
         paths.append(recipe(f"{name}-{precision}"))
         overrides = [word.replace("pretrain.", "distill.", 1) for word in STRATEGIES[name]]
         overrides += [teacher, "distill.micro_batch_size=2", f"distill.precision={precision}"]
         attempts.append({"ranks": 2, "arguments": ["distill", str(paths[-1]), *overrides]})
     codes, said = run_forked(tmp_path, attempts)
     assert codes == [[0, 0]] * len(attempts), said[-3000:]
-    for words in ("whole on each rank, torch.float32", "blocks cut over 2 ranks, torch.float32",
-                  "blocks cut over 2 ranks, torch.bfloat16"):  # fmt: skip
-        assert said.count(f"teacher: {words}") == 2
+    held = re.findall(r"teacher: (\d+)% of its weights on each rank, torch.(\w+)", said)
+    assert [kind for _, kind in held] == ["float32"] * 4 + ["bfloat16"] * 4
+    whole = [int(share) for share, _ in held]
+    assert [share for share in whole if share == 100] == [100] * 4  # ddp, zero2, zero0 and ddp in bf16
+    assert all(share < 80 for share in whole if share != 100)  # half of the blocks
     for path in paths[:4]:
         assert_alike(path, reference, 2e-4, "distill")
     exact = [row["loss"] for row in rows(reference, stage="distill")]
     for path in paths[4:]:
         assert [row["loss"] for row in rows(path, stage="distill")] == pytest.approx(exact, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [STRATEGIES["fsdp2"], pytest.param(["pretrain.engine.zero=zero3_offload"], marks=pytest.mark.slow)],
+    ids=["fsdp2", "zero3_offload"],
+)
+@pytest.mark.timeout(900)  # at first use DeepSpeed compiles its CPU Adam
+def test_a_teacher_whose_head_nobody_looked_at_is_cut_too(recipe, tmp_path, overrides):
+    """Its whole model is called, not its base; and under parameter offload as without."""
+    reference, path = recipe("reference"), recipe("cut")
+    tokenizer = load_tokenizer(load_recipe(str(reference)).tokenizer_dir)
+    shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64,
+             "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}  # fmt: skip
+    config = make_config("xlm-roberta", shape, tokenizer, 32)
+    from_config(config, causal=False, seed=3).save_pretrained(tmp_path / "teacher")
+    teacher, cut = (
+        f"distill.teacher={tmp_path / 'teacher'}",
+        [word.replace("pretrain", "distill") for word in overrides],
+    )
+    assert main(["distill", str(reference), teacher]) == 0
+    attempt = {"ranks": 2, "arguments": ["distill", str(path), "distill.micro_batch_size=2", teacher, *cut]}
+    codes, said = run_forked(tmp_path, [attempt])
+    assert codes == [[0, 0]], said[-3000:]
+    (share,) = re.findall(r"teacher: (\d+)% of its weights on each rank", said)
+    assert int(share) < 80
+    assert_alike(path, reference, 2e-4, "distill")
 
 
 def test_without_zero_deepspeed_evaluates_in_the_precision_that_it_trains_in(recipe, tmp_path):

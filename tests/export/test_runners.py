@@ -68,6 +68,21 @@ def test_positions_count_real_tokens(model_folder):
     assert list(later) == [port.name for port in spec.inputs] and later["past_key_values.1.value"].shape[2] == 3
 
 
+@pytest.mark.slow  # compiles C++
+@pytest.mark.parametrize("name", ["t5", "bart"])
+def test_both_graphs_of_a_pair_are_compiled(name, model_folder):
+    """A first step and a later one, on texts of two lengths."""
+    folder = model_folder(name)
+    spec = read_spec(folder)
+    eager, compiled = (open_runner(folder, backend, 1, spec=spec) for backend in ("eager", "compile"))
+    for length in (15, 9):
+        inputs = spec.reader.pad([np.arange(5, 5 + length), np.arange(30, 37)], length)
+        for ids in (np.full((2, 1), spec.start_id), np.array([[spec.start_id, 7, 8], [spec.start_id, 9, 10]])):
+            feeds = inputs | {"decoder_input_ids": ids}
+            for output, value in eager.run(feeds).items():
+                np.testing.assert_allclose(compiled.run(feeds)[output], value, atol=1e-5, err_msg=output)
+
+
 def test_backends_agree(exported, model_folder):
     spec = read_spec(model_folder("bert"))
     inputs = spec.pad([np.arange(5, 20), np.arange(30, 37)], 15)

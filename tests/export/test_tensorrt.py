@@ -126,6 +126,9 @@ def test_an_fp32_graph_is_no_fp16_engine_and_no_product_passes_unseen(builder, r
         audit("bert", "fp32", layers, [*products(graph), "node_unseen"], 0.0)
     with pytest.raises(GateFailed, match="18 of the graph's 18 products are in no layer"):
         audit("bert", "fp32", read_layers("nothing that is a layer"), products(graph), 1.0)
+    blind = [replace(layer, inputs=(), constants=()) for layer in layers]  # as if tensors were written in a new way
+    with pytest.raises(GateFailed, match=r"the tensors of \d+ matrix layers are not read, such as those of "):
+        audit("bert", "fp16", blind, products(graph), 1.0)
 
 
 def test_types_are_read_in_both_spellings():

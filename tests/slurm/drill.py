@@ -207,7 +207,7 @@ class Drill:
         return chain.run_dir
 
     def whole_chain(self) -> dict[str, Any]:
-        """All stages with dependencies; prepare, pretrain and distill are each asked to stop once."""
+        """All stages with dependencies; prepare, which is short, pretrain and distill are each asked to stop once."""
         chain = self.chain("chain", ("prepare", "pretrain", "distill", "export", "report", "export={}"))
         reference = self.chain("chain unbroken", ("prepare", "pretrain", "distill"))
         chain.until(lambda: chain.cluster.ranks(chain.jobs["prepare"]))
@@ -220,7 +220,7 @@ class Drill:
         same = content_hash(chain.run_dir / "prepare" / "data") == content_hash(reference.run_dir / "prepare" / "data")
         same &= all(equal(chain.run_dir, reference.run_dir, stage) for stage in ("pretrain", "distill"))
         restarts = {stage: chain.restarts(stage) for stage in chain.jobs}
-        return {"case": "whole chain", "what": "prepare, pretrain and distill are each signalled once",
+        return {"case": "whole chain", "what": "prepare (if not over by then), pretrain and distill get a signal each",
                 "ended": ", ".join(sorted(set(states.values()))), "restarts": sum(restarts.values()),
                 "starts": len(chain.jobs) + sum(restarts.values()), "seconds_lost": None,
                 "parameters": "equal" if same else "differ", "noted": restarts}  # fmt: skip

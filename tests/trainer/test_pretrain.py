@@ -1,4 +1,5 @@
 import json
+import threading
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from trainer.__main__ import main
 from trainer.artifact import read_artifact
 from trainer.config import Recipe
 from trainer.data.packing import PackedRows
+from trainer.data.stream import TrainStream
 from trainer.engine.engine import Engine
 from trainer.errors import UserError
 from trainer.recipe_file import load_recipe
@@ -141,6 +143,19 @@ def test_continuing_from_a_folder_begins_where_it_ended(written_recipe):
     assert main(["pretrain", str(second)]) == 0
     assert rows(second, "eval")[0]["loss"] == pytest.approx(rows(first, "eval")[-1]["loss"], rel=1e-6)
     assert "init_from" in read_artifact(load_recipe(str(second)).model_dir("pretrain"))["parents"]
+
+
+def test_batches_are_made_beside_the_step_before(written_recipe, monkeypatch):
+    """All but the first, in a thread, and each of them once."""
+    made, real = [], TrainStream._make
+
+    def noted(stream, step):
+        made.append((step, threading.current_thread() is threading.main_thread()))
+        return real(stream, step)
+
+    monkeypatch.setattr(TrainStream, "_make", noted)
+    assert main(["pretrain", str(written_recipe(max_steps=6, global_batch_size=8, micro_batch_size=4))]) == 0
+    assert made == [(0, True), *((step, False) for step in range(1, 6))]
 
 
 def test_run_folder_says_what_was_run(written_recipe):

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from trainer.config import Training
 from trainer.engine import precision
 from trainer.engine.fragments import FragmentFiles, snapshot
-from trainer.engine.fsdp2 import FullyShardedDataParallel, shard_frozen
+from trainer.engine.fsdp2 import FullyShardedDataParallel, shard_frozen, share_held
 from trainer.engine.ranks import Ranks
 from trainer.engine.replicated import Replicated
 from trainer.engine.strategy import BuildOptimizer, StepResult, Strategy
@@ -55,6 +55,8 @@ class Engine:
         # What disagrees is refused before any process group is formed; the model's size comes in later.
         world = int(os.environ.get("WORLD_SIZE", "1"))
         self.zero = self._resolved_zero(world, _ANY_HIDDEN_SIZE) if self._zero_name else None
+        if self.zero is not None:
+            self._require_rank_for_each_gpu(self.zero, world)
         self._accelerator = self._accelerate()
         self.ranks = Ranks(
             self._accelerator.process_index, self._accelerator.num_processes, training.engine.collective_timeout_s
@@ -89,15 +91,11 @@ class Engine:
         return self.strategy_name == "fsdp2" or (self.zero is not None and self.zero.stage > 0)
 
     @property
-    def cuts_weights(self) -> bool:
-        """Whether each rank holds a share of every weight."""
-        return self.strategy_name == "fsdp2" or (self.zero is not None and self.zero.cuts_weights)
-
-    @property
     def is_given_weights(self) -> bool:
         """Whether `prepare` and `hold_frozen` give this rank the weights of rank 0's model, piece by piece, whatever
         its own holds."""
-        return self.cuts_weights and not self.is_main
+        cut = self.strategy_name == "fsdp2" or (self.zero is not None and self.zero.cuts_weights)
+        return cut and not self.is_main
 
     @property
     def offloads_optimizer(self) -> bool:
@@ -115,16 +113,17 @@ class Engine:
             precision.require_fp8_layers(self.unwrapped)
 
     def hold_frozen(self, model: LanguageModel) -> str:
-        """Give a model that is never trained its device, and the type that products are computed in; cut as the one in
-        training is. Returns what it came to."""
-        dtype = precision.compute_dtype(self._training.precision)
-        if self.cuts_weights and self.world > 1:
+        """Give a model that is never trained its device and a type; where the weights of the one in training are
+        spread over the ranks, its blocks are, too. Returns what it came to."""
+        dtype = precision.frozen_type(self._training.precision, self.zero is not None and self.zero.converts)
+        spread = self.strategy_name == "fsdp2" or (self.zero is not None and self.zero.stage == 3)
+        if spread and self.world > 1:
             shard_frozen(model, self.device, self.world, dtype)
-            return f"blocks cut over {self.world} ranks, {dtype}"
-        for parameter in model.parameters():  # not buffers: rotary frequencies stay in float32
-            parameter.data = parameter.data.to(dtype)
-        model.to(self.device)
-        return f"whole on each rank, {dtype}"
+        else:
+            for parameter in model.parameters():  # not buffers: rotary frequencies stay in float32
+                parameter.data = parameter.data.to(dtype)
+            model.to(self.device)
+        return f"{share_held(model):.0%} of its weights on each rank, {dtype}"
 
     def begin_step(self, step: int, learning_rate: float, seed: int) -> None:
         """Set what an optimizer step depends on: the learning rate, and dropout's randomness by (seed, step, rank)."""
@@ -223,6 +222,18 @@ class Engine:
                 "leave mixed_precision out of the launch, or change the recipe",
             )
 
+    @staticmethod
+    def _require_rank_for_each_gpu(zero: ZeroConfig, world: int) -> None:
+        """UserError where quantized gradients would go astray: DeepSpeed takes all GPUs that it sees for a node's ranks
+        (0.19.8, runtime/comm/coalesced_collectives.py)."""
+        ranks, seen = int(os.environ.get("LOCAL_WORLD_SIZE", str(world))), torch.cuda.device_count()
+        if zero.config["zero_optimization"].get("zero_quantized_gradients") and ranks != seen:
+            raise UserError(
+                f"zero_quantized_gradients with {ranks} rank(s) on a node that sees {seen} GPUs",
+                "a rank for each GPU that is seen",
+                "start as many ranks, or leave only their GPUs in CUDA_VISIBLE_DEVICES",
+            )
+
     def _accelerate(self) -> Accelerator:
         AcceleratorState._reset_state(reset_partial_state=True)  # an earlier run in this process may have left another
         timeout = timedelta(seconds=self._training.engine.collective_timeout_s)
@@ -261,7 +272,10 @@ class Engine:
         if self.strategy_name == "deepspeed":
             from trainer.engine.zero_strategy import Zero  # DeepSpeed is an extra, and slow to import
 
-            return Zero(self._accelerator, limit)
+            zero = Zero(self._accelerator, limit)
+            assert self.zero is not None
+            zero.configure(self.zero)
+            return zero
         if self.strategy_name == "fsdp2":
             return FullyShardedDataParallel(self.device, self.world, self._training.precision, limit)
         return Replicated(self._accelerator, limit)

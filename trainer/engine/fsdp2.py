@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from trainer.engine.fragments import WEIGHT, Fragment, of_views
 from trainer.engine.strategy import BuildOptimizer, StepResult, elementwise_states, make_states, set_updates
+from trainer.heads import head_of
 from trainer.models import LanguageModel, transformer_layers
 
 
@@ -98,12 +99,31 @@ def shard_frozen(model: LanguageModel, device: torch.device, world: int, dtype: 
     What is outside of them stays whole: an objective calls the head by itself, past the hooks that gather.
     """
     mesh = init_device_mesh(device.type, (world,))
-    for block in transformer_layers(model):
+    blocks = list(transformer_layers(model))
+    for block in blocks:
         _take_from_rank_0(block, device, dtype)
         fully_shard(block, mesh=mesh)
     _take_from_rank_0(model, device, dtype)
-    whole = {parameter for parameter in model.parameters() if not isinstance(parameter, DTensor)}
-    fully_shard(model.model.base_model, mesh=mesh, ignored_params=whole)  # it has the blocks fetched ahead
+    roots: list[Any] = blocks
+    if head_of(model.model) is not None:  # a root has the blocks fetched ahead
+        whole = {parameter for parameter in model.parameters() if not isinstance(parameter, DTensor)}
+        roots = [fully_shard(model.model.base_model, mesh=mesh, ignored_params=whole)]
+    # Else the whole model is called, and transformers knows a class that fully_shard has changed by its old name only.
+    for root in roots:
+        if hasattr(root, "reset_iter_state"):  # torch 2.13
+            root.register_forward_hook(_forget_order)
+
+
+def _forget_order(root: Any, *_: Any) -> None:
+    """FSDP2 notes in which order modules ran until a backward pass is over, which a frozen model never has."""
+    root.reset_iter_state()
+
+
+def share_held(model: nn.Module) -> float:
+    """Of all weights, what part this rank holds."""
+    weights = list(model.parameters())
+    held = sum((weight.to_local() if isinstance(weight, DTensor) else weight).numel() for weight in weights)
+    return held / sum(weight.numel() for weight in weights)
 
 
 def _take_from_rank_0(part: nn.Module, device: torch.device, dtype: torch.dtype = torch.float32) -> None:

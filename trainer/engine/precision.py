@@ -67,9 +67,13 @@ def set_matmul_precision(precision: str) -> None:
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
 
 
-def compute_dtype(precision: str) -> torch.dtype:
-    """The type of a tensor that products are computed in; float32 for fp8, of which each product makes its own."""
-    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
+def frozen_type(precision: str, converted: bool) -> torch.dtype:
+    """The type of the weights of a model that is not trained (`converted`: see `types`): bf16; fp16 only where the one
+    in training is, too, as autocast keeps what flows beside the products of fp32 weights in fp32, which fp16's range
+    may not hold; fp32 for fp8, of which each product makes its own."""
+    if precision == "bf16":
+        return torch.bfloat16
+    return torch.float16 if precision == "fp16" and converted else torch.float32
 
 
 def types(precision: str, converted: bool) -> dict[str, str]:

@@ -69,6 +69,12 @@ class ZeroConfig:
         """Whether DeepSpeed makes the model's own weights bf16 or fp16, where the recipe asks for one of them."""
         return not self.config.get("torch_autocast", {}).get("enabled", False)
 
+    @property
+    def autocasts(self) -> str | None:
+        """bf16 or fp16 where DeepSpeed casts as it goes, else None."""
+        section = self.config.get("torch_autocast", {})
+        return _DTYPES[section["dtype"]] if section.get("enabled") else None
+
 
 # ---- which config ----------------------------------------------------------------------------------------------
 

@@ -7,7 +7,6 @@ another. Stage 3 cuts each parameter by itself and keeps its pieces in flat floa
 
 import contextlib
 import math
-import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +19,6 @@ from trainer.engine.fragments import WEIGHT, Fragment, of_views
 from trainer.engine.lamb import Lamb, Segments
 from trainer.engine.strategy import BuildOptimizer, StepResult, elementwise_states, make_states, set_updates
 from trainer.engine.zero import ZeroConfig
-from trainer.errors import UserError
 
 # What DeepSpeed's dynamic loss scaler goes by (deepspeed/runtime/fp16/loss_scaler.py).
 _SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
@@ -51,16 +49,8 @@ class Zero:
         self._limit = math.inf if max_grad_norm is None else max_grad_norm
 
     def configure(self, zero: ZeroConfig) -> None:
-        """Take the resolved configuration; to be called before `prepare`. UserError where quantized gradients would go
-        astray: DeepSpeed (0.19.8, coalesced_collectives.py) takes all GPUs that it sees for a node's ranks."""
+        """Take the resolved configuration; to be called before `prepare`, and again when more of it is known."""
         self._zero = zero
-        ranks, seen = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
-        if zero.config["zero_optimization"].get("zero_quantized_gradients") and ranks != seen:
-            raise UserError(
-                f"zero_quantized_gradients with {ranks} rank(s) on a node that sees {seen} GPUs",
-                "a rank for each GPU that is seen",
-                "start as many ranks, or leave only their GPUs in CUDA_VISIBLE_DEVICES",
-            )
         plugin: Any = self._accelerator.state.deepspeed_plugin
         plugin.deepspeed_config = zero.config
 
@@ -104,9 +94,10 @@ class Zero:
 
     def autocast(self) -> contextlib.AbstractContextManager[object]:
         """DeepSpeed casts in its own forward; evaluation goes past it, and would be in float32."""
-        if not self._engine.torch_autocast_enabled():
+        half = self._zero.autocasts
+        if half is None:
             return contextlib.nullcontext()
-        return torch.autocast(self._accelerator.device.type, self._engine.torch_autocast_dtype())
+        return torch.autocast(self._accelerator.device.type, {"bf16": torch.bfloat16, "fp16": torch.float16}[half])
 
     def backward(self, loss: Tensor, last: bool) -> None:
         self._engine.set_gradient_accumulation_boundary(last)

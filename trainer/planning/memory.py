@@ -262,7 +262,7 @@ def _output_gradient(shape: Shape, numerics: Numerics, batch: MicroBatch) -> flo
     are gone by then. Parts add theirs up, so that two are there at once."""
     matrix = float(shape.vocabulary * shape.hidden)
     if numerics.casts:
-        gradient = matrix * (numerics.matrix + 4)
+        gradient = matrix * (numerics.matrix + (8 if batch.cross_entropy == "chunked" else 4))
     else:
         gradient = matrix * numerics.matrix * (2 if batch.cross_entropy == "chunked" else 1)
     gone = batch.targets * shape.vocabulary * (4 - numerics.matrix) if batch.cross_entropy == "full" else 0
@@ -270,8 +270,8 @@ def _output_gradient(shape: Shape, numerics: Numerics, batch: MicroBatch) -> flo
 
 
 def _teacher_weights(case: Case, gpus: int, strategy: Strategy) -> float:
-    """The frozen teacher, in the type of the products (fp32 under fp8): whole on every GPU or, where weights are cut,
-    its blocks cut and the one at work and the one fetched ahead gathered."""
+    """The frozen teacher: whole on every GPU or, where weights are cut, its blocks cut and the one at work and the one
+    fetched ahead gathered."""
     if case.teacher is None:
         return 0.0
     counts = case.teacher.parameters()
@@ -279,7 +279,8 @@ def _teacher_weights(case: Case, gpus: int, strategy: Strategy) -> float:
     if strategy.stage == 3 and gpus > 1:
         blocks = counts.block_matrices + counts.block_norms
         held += 2 * counts.largest_block - blocks * (1 - 1 / gpus)
-    return held * (2 if case.precision in ("bf16", "fp16") else 4)
+    half = case.precision == "bf16" or (case.precision == "fp16" and not strategy.autocast("fp16"))
+    return held * (2 if half else 4)
 
 
 def _teacher_forward(case: Case, numerics: Numerics) -> float:

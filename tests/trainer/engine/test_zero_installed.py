@@ -7,7 +7,6 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
@@ -144,16 +143,15 @@ def test_quantized_gradients_need_a_rank_for_each_gpu_that_is_seen(monkeypatch):
     pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
     import torch
 
-    from trainer.engine.zero_strategy import Zero
+    from trainer.engine.engine import Engine
 
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    strategy = Zero(SimpleNamespace(state=SimpleNamespace(deepspeed_plugin=SimpleNamespace())), None)
     with pytest.raises(UserError, match=r"with 4 rank\(s\) on a node that sees 8 GPUs"):
-        strategy.configure(resolve("zeropp", world=8))
-    strategy.configure(resolve("zero3", world=8))
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
-    strategy.configure(resolve("zeropp", world=8))
+        Engine._require_rank_for_each_gpu(resolve("zeropp", world=8), 8)
+    Engine._require_rank_for_each_gpu(resolve("zero3", world=8), 8)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE")  # a launcher that says only how many there are in all
+    Engine._require_rank_for_each_gpu(resolve("zeropp", world=8), 8)
 
 
 # ---- what is installed -----------------------------------------------------------------------------------------
