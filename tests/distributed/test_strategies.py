@@ -178,10 +178,8 @@ def test_a_teacher_whose_head_nobody_looked_at_is_cut_too(recipe, tmp_path, over
              "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}  # fmt: skip
     config = make_config("xlm-roberta", shape, tokenizer, 32)
     from_config(config, causal=False, seed=3).save_pretrained(tmp_path / "teacher")
-    teacher, cut = (
-        f"distill.teacher={tmp_path / 'teacher'}",
-        [word.replace("pretrain", "distill") for word in overrides],
-    )
+    teacher = f"distill.teacher={tmp_path / 'teacher'}"
+    cut = [word.replace("pretrain", "distill") for word in overrides]
     assert main(["distill", str(reference), teacher]) == 0
     attempt = {"ranks": 2, "arguments": ["distill", str(path), "distill.micro_batch_size=2", teacher, *cut]}
     codes, said = run_forked(tmp_path, [attempt])
