@@ -72,7 +72,7 @@ def padded_recipe(tiny_recipe, tmp_path):
     return write
 
 
-@pytest.mark.parametrize("architecture", ["bert", "gpt2"])
+@pytest.mark.parametrize("architecture", ["bert", pytest.param("gpt2", marks=pytest.mark.slow)])
 def test_splitting_a_batch_does_not_matter(padded_recipe, tmp_path, architecture):
     """1 x 8, 4 x 2 and 2 ranks x 2 x 2 rows give the same gradients, loss and norm; rows are unequally padded."""
     recipe = padded_recipe(architecture)

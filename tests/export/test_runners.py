@@ -83,6 +83,7 @@ def test_both_graphs_of_a_pair_are_compiled(name, model_folder):
                 np.testing.assert_allclose(compiled.run(feeds)[output], value, atol=1e-5, err_msg=output)
 
 
+@pytest.mark.slow  # compiles C++
 def test_backends_agree(exported, model_folder):
     spec = read_spec(model_folder("bert"))
     inputs = spec.pad([np.arange(5, 20), np.arange(30, 37)], 15)

@@ -144,6 +144,7 @@ def test_ranks_that_save_too_long_do_not_end_the_chain(cluster, recipe, acting):
     assert "the ranks have not ended 5 s after the signal" in chain.log()
 
 
+@pytest.mark.slow
 def test_only_starts_without_a_newer_checkpoint_are_counted(cluster, recipe, acting):
     """Three starts that bring one each, then two that do not."""
     newer = 'mkdir -p "$to"; [ "${SLURM_RESTART_COUNT:-0}" -ge 3 ] || echo "${SLURM_RESTART_COUNT:-0}" >"$to/LATEST"'

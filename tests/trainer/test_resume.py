@@ -60,7 +60,7 @@ def test_killed_many_times_it_ends_as_if_nothing_had_happened(written_recipe, ar
     assert main(["pretrain", str(unbroken)]) == 0
     metrics = run_dir(broken) / "pretrain" / "metrics.jsonl"
     step_s = events(unbroken, "end")[-1]["seconds"] / 60  # with its checkpoint; on a slow machine kills come later
-    delays = [f"{delay:.3f}" for delay in np.random.default_rng(4).uniform(0.0, 5 * step_s, size=14)]
+    delays = [f"{delay:.3f}" for delay in np.random.default_rng(4).uniform(0.0, 5 * step_s, size=9)]
     done = subprocess.run(
         [sys.executable, str(KILL_MANY), str(broken), "pretrain", str(metrics), *delays],
         env=ENVIRONMENT,
@@ -77,22 +77,24 @@ def test_killed_many_times_it_ends_as_if_nothing_had_happened(written_recipe, ar
     assert left == ["LATEST", "step-00000059", "step-00000060"]
 
 
-def test_a_signal_saves_and_exits_75(written_recipe):
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, *(pytest.param(one, marks=pytest.mark.slow) for one in (signal.SIGINT, signal.SIGUSR1))]
+)
+def test_a_signal_saves_and_exits_75(written_recipe, number):
     unbroken = written_recipe(name="unbroken", max_steps=200, save_every_steps=1000)
     assert main(["pretrain", str(unbroken)]) == 0
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-        stopped = written_recipe(name=f"stopped-{number}", max_steps=200, save_every_steps=1000)
-        process = subprocess.Popen(
-            [sys.executable, "-m", "trainer.pretrain", str(stopped)], env=ENVIRONMENT, stderr=subprocess.PIPE, text=True
-        )
-        wait_for(run_dir(stopped) / "pretrain" / "metrics.jsonl", '"step": 5,')
-        process.send_signal(number)
-        _, said = process.communicate(timeout=60)
-        assert process.returncode == 75, said
-        assert "run the same command" in said and "Traceback" not in said
-        assert len(list((run_dir(stopped) / "pretrain" / "checkpoints").glob("step-*"))) == 1
-        assert main(["pretrain", str(stopped)]) == 0
-        assert_same_run(unbroken, stopped)
+    stopped = written_recipe(name="stopped", max_steps=200, save_every_steps=1000)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "trainer.pretrain", str(stopped)], env=ENVIRONMENT, stderr=subprocess.PIPE, text=True
+    )
+    wait_for(run_dir(stopped) / "pretrain" / "metrics.jsonl", '"step": 5,')
+    process.send_signal(number)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 75, said
+    assert "run the same command" in said and "Traceback" not in said
+    assert len(list((run_dir(stopped) / "pretrain" / "checkpoints").glob("step-*"))) == 1
+    assert main(["pretrain", str(stopped)]) == 0
+    assert_same_run(unbroken, stopped)
 
 
 def test_a_signal_in_evaluation_is_answered_there(written_recipe, monkeypatch):

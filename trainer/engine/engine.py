@@ -249,6 +249,8 @@ class Engine:
             raw = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 0}}  # replaced before prepare
             group.backend = "gloo" if self.on_cpu else None
             _set_environment_for_deepspeed()
+            if self.on_cpu:
+                _leave_out_shared_memory()
             return Accelerator(deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=raw), kwargs_handlers=[group])
         wanted = self._training.precision
         mixed = wanted if wanted in ("bf16", "fp16", "fp8") and self.strategy_name == "ddp" else "no"
@@ -313,6 +315,14 @@ def _form_group_of_attempt(backend: str, timeout: timedelta) -> None:
         world_size=int(os.environ["WORLD_SIZE"]),
         timeout=timeout,
     )
+
+
+def _leave_out_shared_memory() -> None:
+    """On CPUs DeepSpeed would compile an all-reduce through shared memory first, a minute with g++, which only its
+    inference calls (0.19.8, comm/torch.py)."""
+    import deepspeed.ops
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 _set_here: set[str] = set()  # variables of this process's environment that an Engine has set

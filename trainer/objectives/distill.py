@@ -33,9 +33,9 @@ class Distillation:
     weights: DistillWeights
 
     def __call__(self, model: nn.Module, batch: Batch) -> LossSum:
-        real_M = batch.segments.flatten()
-        if self.weights.hidden:  # once, and first: a GPU is waited for
-            (real_M,) = (real_M > 0).nonzero(as_tuple=True)
+        real_M = None
+        if self.weights.hidden:  # once, and before the teacher runs, as a GPU is waited for
+            (real_M,) = (batch.segments > 0).flatten().nonzero(as_tuple=True)
         with torch.no_grad():
             teacher = self.teacher.at_targets(batch)
 
