@@ -160,6 +160,7 @@ def test_two_ranks_train_as_one_and_preempt_together(without_dropout):
     assert [row["step"] for row in rows(stopped, "resume")] == [step]
 
 
+@pytest.mark.slow
 def test_a_launcher_that_restarts_its_ranks_goes_on(without_dropout):
     """SIGKILL to one rank under --max-restarts: all ranks begin again in the launcher's own store, and resume."""
     settings = {"max_steps": 120, "save_every_steps": 5, "eval_every_steps": 120}

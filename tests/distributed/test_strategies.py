@@ -306,6 +306,7 @@ def test_verify_passes_what_is_right_and_catches_what_is_not(recipe, tmp_path):
     assert "unbroken" in said and "gradient of" in said
 
 
+@pytest.mark.slow
 def test_lamb_takes_whole_tensors_under_every_strategy(recipe, tmp_path):
     """The trust ratio is that of whole parameters, however ZeRO cut them: equal to LAMB in one process."""
     lamb = {"optim": {"name": "lamb", "learning_rate": 5e-3}}

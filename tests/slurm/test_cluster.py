@@ -182,6 +182,7 @@ def test_a_node_that_is_not_fit_is_named_and_excluded(cluster, recipe, acting, t
     assert "n2" not in cluster.call("scontrol", "show", "hostnames", facts["NodeList"]).stdout.split()
 
 
+@pytest.mark.slow
 def test_a_node_with_a_slow_network_is_named_and_excluded(cluster, recipe, acting):
     if not cluster.has_networks:
         pytest.skip("the nodes share one network here: it takes root and iproute2 to give each its own")

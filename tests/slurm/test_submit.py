@@ -357,6 +357,7 @@ def test_what_slurm_would_take_and_do_badly_is_refused():
 
 
 def test_a_signal_that_was_ignored_is_ignored_again_when_training_is_over():
+    release_signals()  # an earlier test's run in this process may have ended by an error
     before, interrupted = signal.signal(signal.SIGUSR1, signal.SIG_IGN), signal.getsignal(signal.SIGINT)
     try:
         watch_signals()

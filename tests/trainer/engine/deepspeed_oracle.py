@@ -14,6 +14,8 @@ with contextlib.redirect_stdout(sys.stderr):
     from deepspeed.runtime.config import DeepSpeedConfig
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # compiled at start else, as `engine` says
+
 
 ASKED = set()
 
