@@ -181,6 +181,15 @@ def written_recipe(tiny_recipe, prepared, tmp_path):
     return write
 
 
+@pytest.fixture(scope="session", autouse=True)
+def one_thread_from_the_start():
+    """Also for what is made once for many tests, such as models that are trained."""
+    import torch
+
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(autouse=True)
 def one_thread():
     """Tiny models gain nothing from threads, on a busy machine OpenMP's barriers cost them much, and sums that are to
