@@ -60,7 +60,7 @@ def test_killed_many_times_it_ends_as_if_nothing_had_happened(written_recipe, ar
     assert main(["pretrain", str(unbroken)]) == 0
     metrics = run_dir(broken) / "pretrain" / "metrics.jsonl"
     step_s = events(unbroken, "end")[-1]["seconds"] / 60  # with its checkpoint; on a slow machine kills come later
-    delays = [f"{delay:.3f}" for delay in np.random.default_rng(4).uniform(0.0, 5 * step_s, size=9)]
+    delays = [f"{delay:.3f}" for delay in np.random.default_rng(4).uniform(0.0, 5 * step_s, size=14)]
     done = subprocess.run(
         [sys.executable, str(KILL_MANY), str(broken), "pretrain", str(metrics), *delays],
         env=ENVIRONMENT,
