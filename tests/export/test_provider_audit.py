@@ -70,3 +70,15 @@ def test_a_node_that_a_loop_runs_again_counts_once():
 def test_a_provider_that_is_not_installed_is_an_error(raw_graph, inputs):
     with pytest.raises(UserError, match=f"Needed: {CUDA}"):
         audit(raw_graph("bert"), CUDA, 1, inputs)
+
+
+def test_what_tensorrt_leaves_to_cuda_is_as_asked_and_what_falls_to_the_cpu_is_not():
+    def node(name, provider):
+        outputs = [{"float": [2, 3]}]
+        return {"name": name, "args": {"provider": provider, "op_name": name, "output_type_shape": outputs}}
+
+    on_both = [node("TRTKernel", "TensorrtExecutionProvider"), node("Gather", "CUDAExecutionProvider")]
+    assert read_profile(on_both, "TensorrtExecutionProvider").strayed == {}
+    fallen = [*on_both, node("Einsum", "CPUExecutionProvider")]
+    assert read_profile(fallen, "TensorrtExecutionProvider").strayed == {"Einsum": 1}
+    assert read_profile(on_both, "CUDAExecutionProvider").strayed == {"TRTKernel": 1}
