@@ -6,7 +6,8 @@ configurations written for it fit. A causal model has a cache: one graph serves 
 every later step.
 An encoder-decoder is two graphs. The encoder's also puts out the keys and values that the decoder's layers attend to,
 which are so computed once, and decoder_with_past_model's face is optimum's; with a past of length 0 it takes the first
-step, too, which makes optimum's decoder_model, and the If node of its merged one, needless.
+step, too, which makes optimum's decoder_model, and the If node of its merged one, needless (`merged` writes that for
+transformers.js).
 Shape letters: B batch, T sequence length, P length of the past, S length of the encoder's text, V vocabulary, K heads
 of keys and values, D their size.
 """

@@ -13,10 +13,13 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from rich.console import Console
 
+from export.cases import Documents, load_documents
 from export.export import copy_companions
 from export.generate import Sampling
 from export.hostile import data_files
-from export.io_spec import IoSpec
+from export.io_spec import PAIR_STEMS, IoSpec
+from export.merged import MERGED_STEM, merge, prove_merged
+from export.runners import open_onnx_graphs, usable_threads
 from export.texts import with_end
 from export.triton_config import (
     Engines,
@@ -117,8 +120,7 @@ def pack_model(recipe: Recipe, settings: Pack, subject: Subject) -> Path:
     with staging(target) as partial:
         tokenizer = _open_tokenizer(subject.folder)
         write_repository(partial / "models", subject, served, settings, tokenizer, engines)
-        # transformers.js wants an encoder-decoder's two decoders merged, and without what ours takes from the encoder
-        hub_files = [] if spec.encoder else write_hub(partial / "hub", subject)
+        hub_files = write_hub(partial / "hub", subject, load_documents(recipe, subject.folder))
         require_unchanged(subject)
         write_companions(partial, names, about, hub_files, _example(spec, tokenizer), target, engines)
         write_artifact(
@@ -188,18 +190,35 @@ def copy_graph(source: Path, target: Path) -> None:
         shutil.copyfile(file, target.parent / file.name)
 
 
-def write_hub(folder: Path, subject: Subject) -> list[str]:
-    """Config, tokenizer and every verified variant as transformers.js and text-embeddings-inference look for them."""
+def write_hub(folder: Path, subject: Subject, documents: Documents) -> list[str]:
+    """Config, tokenizer and every verified variant as transformers.js and text-embeddings-inference look for them.
+
+    Of an encoder-decoder the graphs are laid out anew and held to the verified ones on `documents`.
+    """
     (folder / "onnx").mkdir(parents=True)
     copy_companions(subject.folder, folder)
     if not (folder / "tokenizer.json").is_file():
         _open_tokenizer(subject.folder).save_pretrained(folder)
     files = []
     for variant, one in subject.variants.items():
-        if variant in HUB_FILES:  # they have no name for bf16
+        if variant not in HUB_FILES:  # they have no name for bf16
+            continue
+        if subject.spec.encoder:
+            files += _write_merged(folder / "onnx", subject, one, documents)
+        else:
             copy_graph(one.file, folder / "onnx" / HUB_FILES[variant])
             files.append(HUB_FILES[variant])
     return files
+
+
+def _write_merged(folder: Path, subject: Subject, one: Verified, documents: Documents) -> list[str]:
+    names = [HUB_FILES[one.variant].replace("model", stem, 1) for stem in (PAIR_STEMS[0], MERGED_STEM)]
+    encoder, decoder = (folder / name for name in names)
+    merge(one.files, subject.spec, encoder, decoder)
+    verified: Any = open_onnx_graphs(one.files, subject.spec, usable_threads())
+    what = f"{subject.name} {one.variant} for transformers.js"
+    prove_merged(what, subject.spec, verified, encoder, decoder, documents, usable_threads())
+    return names
 
 
 def write_companions(

@@ -26,11 +26,11 @@ _DTYPES = {"fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
 
 
 def measure_ranges(raw: Path, batches: Iterable[Mapping[str, np.ndarray]], threads: int) -> dict[str, float]:
-    """Largest finite magnitude of each float value of graph `raw` on these inputs; infinities stay what they are."""
+    """Largest finite magnitude of each float value of graph `raw`, its inputs too; infinities stay what they are."""
     probe = Probe(raw, threads)
     largest: dict[str, float] = {}
     for batch in batches:
-        for name, value in probe.run(batch).items():
+        for name, value in {**batch, **probe.run(batch)}.items():
             if value.dtype == np.float32 and value.size:
                 finite = np.abs(value[np.isfinite(value)])
                 largest[name] = max(largest.get(name, 0.0), float(finite.max(initial=0.0)))
@@ -94,7 +94,7 @@ def lower(raw: Path, lowered: Path, precision: str, kept: set[str]) -> None:
     model = onnx.load(raw)
     low = _DTYPES[precision]
     kept = kept | _without_form(model, low)
-    work = _Lowering(model.graph, _element_types(raw), low, kept)
+    work = _Lowering(model.graph, element_types(raw), low, kept)
     for node in list(model.graph.node):
         work.take(node)
     work.finish()
@@ -117,7 +117,7 @@ def _schema(node: onnx.NodeProto, version: int) -> onnx.defs.OpSchema:
     return onnx.defs.get_schema(node.op_type, version, node.domain)
 
 
-def _element_types(raw: Path) -> dict[str, int]:
+def element_types(raw: Path) -> dict[str, int]:
     """Element type of every value of a graph file. Weights beside it are not needed, and may be too large to read."""
     model = onnx.load(raw, load_external_data=False)
     inferred = onnx.shape_inference.infer_shapes(model, strict_mode=True).graph

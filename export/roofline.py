@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from export.io_spec import IoSpec
+from trainer.export_config import ENGINES
 
 _LOOKED_UP = r"embed|\bwte\b|\bwpe\b|\bshared\b|relative_attention_bias|final_logits_bias"
 # What an encoder-decoder's encoder graph multiplies by: its own matrices, and those of the decoder's that make keys and
@@ -28,7 +29,7 @@ _CACHE_BYTES = 4  # fp32, in every form
 # Which product does the work, by the backend's name; int4 products take int8 activations (quantize.py).
 _KINDS = {"onnx_int8": "int8", "onnx_int8_static": "int8", "onnx_int4": "int8", "onnx_fp16": "fp16",
           "onnx_bf16": "bf16", "tensorrt_fp16": "fp16", "tensorrt_bf16": "bf16",
-          "tensorrt_int8_static": "int8"}  # fmt: skip
+          "tensorrt_int8_static": "int8", "tensorrt_fp8": "fp8"}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -108,14 +109,17 @@ def least_s(
     """Seconds that the limit allows for one call, and which limit binds; None where a rate was not measured.
 
     `tokens` of all rows are computed, each seeing `seen`; `cache` bytes are read or written. Attention multiplies in
-    fp32 also where weights are int8, and products for which no rate of their own was measured count as fp32.
+    fp32 also where weights are int8. Products for which no rate of their own was measured count as fp32, but for those
+    of an engine, which really multiplies in what it was built for: None.
     """
     fp32, bandwidth = rates.get("fp32_per_s"), rates.get("bytes_per_s")
     if not fp32 or not bandwidth:
         return None
     kind = _KINDS.get(backend, "fp32")
     matrices, attention = work.operations(tokens, seen)
-    own = rates.get(f"{kind}_per_s") or fp32
+    own = rates.get(f"{kind}_per_s") or (fp32 if backend not in ENGINES else None)
+    if own is None:
+        return None
     compute_s = matrices / own + attention / (fp32 if kind == "int8" else own)
     memory_s = (file_bytes * work.share_read + cache) / bandwidth
     return max((compute_s, "compute"), (memory_s, "memory"))

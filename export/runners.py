@@ -167,11 +167,16 @@ def open_onnx(path: Path, threads: int, provider: str = CPU_PROVIDER, profile: P
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
+    unfit = None
     if path.stem.endswith("_fp8"):
-        # ONNX Runtime (1.30) takes fp8 between a product's quantized numbers for int8, and refuses what it made then.
+        # ONNX Runtime (1.30) takes fp8 for int8: it refuses what it then makes of a product between quantized numbers,
+        # and leaves out a Relu or Clip before rounding, as if zero were the least number that there is.
         options.add_session_config_entry("session.disable_quant_qdq", "1")
+        unfit = ["ReluQuantRewrite", "ClipQuantRewrite"]
     try:
-        session = onnxruntime.InferenceSession(path, options, providers=_OPENED.get(provider, [provider]))
+        session = onnxruntime.InferenceSession(
+            path, options, providers=_OPENED.get(provider, [provider]), disabled_optimizers=unfit
+        )
     except Exception as error:  # its errors have no class in common
         raise UserError(
             f"{path.name} does not open on {provider}: {str(error).splitlines()[0][:300]}",

@@ -41,12 +41,6 @@ def check_variant(name: str, spec: IoSpec, variant: Precision, provider: str) ->
             "a model that generates text: elsewhere int4 is slower than int8 and worse",
             "take int8 or int8_static for it",
         )
-    if variant == "fp8" and spec.encoder is not None:
-        raise UserError(
-            f"there is no fp8 of {name}, a {spec.architecture}",
-            "a model of one graph: what an encoder hands its decoder would need ranges of its own",
-            "take fp16 or int8 for it",
-        )
     if variant == "bf16":
         check_bf16(provider)
 

@@ -114,7 +114,7 @@ class Calibration(Section):
 Precision = Literal["fp32", "fp16", "bf16", "int8", "int8_static", "int4", "fp8"]
 Backend = Literal[
     "eager", "compile", "onnx_fp32", "onnx_fp16", "onnx_bf16", "onnx_int8", "onnx_int8_static", "onnx_int4",
-    "tensorrt_fp32", "tensorrt_fp16", "tensorrt_bf16", "tensorrt_int8_static",
+    "tensorrt_fp32", "tensorrt_fp16", "tensorrt_bf16", "tensorrt_int8_static", "tensorrt_fp8",
 ]  # fmt: skip
 # Engines of the `tensorrt` stage, by either library, to the variant whose graph they stand for.
 ENGINES: dict[str, Precision] = {
@@ -122,6 +122,7 @@ ENGINES: dict[str, Precision] = {
     "tensorrt_fp16": "fp16",
     "tensorrt_bf16": "bf16",
     "tensorrt_int8_static": "int8_static",
+    "tensorrt_fp8": "fp8",
 }
 # Names that transformers.js looks for (its DEFAULT_DTYPE_SUFFIX_MAPPING), as far as it knows the precision.
 ONNX_FILES: dict[str, str] = {

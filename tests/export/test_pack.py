@@ -261,7 +261,7 @@ def test_weights_that_were_overwritten_in_place_are_noticed(recipe, tmp_path):
 
 
 def test_an_export_that_changes_while_it_is_packed_is_not_packed(recipe, tmp_path, monkeypatch):
-    def changes(partial, subject):
+    def changes(partial, subject, documents):
         (subject.folder / "model.onnx").write_bytes(b"another")
         return []
 

@@ -15,15 +15,17 @@ from export.audit import audit, read_layers
 from export.bench_inputs import quality_batches
 from export.engine_files import check_together, manifest_of, read_manifest, write_manifest
 from export.files import hashes
+from export.gates import Gates, TaskGate
 from export.generate import Sampling, generate
 from export.io_spec import read_spec
 from export.precision import lower
 from export.rebuild import fitting_plans, open_fitting
-from export.runners import Pair, open_onnx_graphs
+from export.runners import Pair, open_onnx, open_onnx_graphs
 from export.scores import score
 from export.tensorrt_runner import open_engine
 from export.to_onnx import export_graph, load_model
 from export.to_tensorrt import build_engines, engine_shapes, products, profile_shapes, prove
+from export.variants import make_variant
 from export.verified import Verified, examine
 from tests.export.conftest import MAX_LENGTH, PAIR_GATES
 from tests.export.onnx_engine import runner_of
@@ -31,7 +33,7 @@ from tests.export.test_tensorrt import HERE, SETTINGS, assert_profiles_are_in_th
 from trainer.artifact import hash_file, read_artifact
 from trainer.config import Recipe
 from trainer.errors import GateFailed, UserError
-from trainer.export_config import Bench
+from trainer.export_config import Bench, Calibration, Export
 
 STEMS = ("encoder_model", "decoder_with_past_model")
 
@@ -199,6 +201,27 @@ def test_both_graphs_in_fp16_multiply_in_fp16(builder, model_folder, tmp_path):
         found = audit("bart", "fp16", read_layers(description), products(graph), 0.0)
         assert found["types"] == {"fp16": found["matrix_layers"]}
         assert_profiles_are_in_the_engine(description, part)
+
+
+def test_both_graphs_in_fp8_pass_their_gates_and_multiply_in_fp8(
+    builder, exported_pair, trained_pair, pieces, tmp_path
+):
+    """Also what the encoder hands its decoder, which a product reads as it comes; and T5's Relu stays in the graph."""
+    folder, exported = trained_pair("t5"), exported_pair("t5")
+    spec, parity = read_spec(folder), PAIR_GATES["parity"] | {"fp8": PAIR_GATES["parity"]["int8"]}
+    settings = Export.model_validate(PAIR_GATES | {"parity": parity, "variants": ["fp8"]})
+    for part in spec.parts:
+        gates = Gates(folder, part, settings, pieces, lambda needed: pieces, seed=0)
+        graph = tmp_path / part.file("fp8")
+        make_variant("fp8", exported / part.file("fp32"), graph, lambda gates=gates: gates.calibration, Calibration())
+        (proof,) = gates.check("t5", "fp8", graph, open_onnx(graph, 1))
+        assert proof["metrics"]["relative_rms"] > 0.005  # rounded, indeed
+        _, description = builder.build(graph, part, SETTINGS, "8.9")
+        found = audit("t5", "fp8", read_layers(description), products(graph), 0.0)
+        assert found["types"] == {"fp8": found["matrix_layers"]}
+    files = [tmp_path / part.file("fp8") for part in spec.parts]
+    whole = TaskGate(folder, spec, settings, pieces, seed=0)
+    assert len(whole.check("t5", "fp8", files, open_onnx_graphs(files, spec, 1))) == 1
 
 
 def test_a_planted_fp32_block_in_the_decoder_fails_the_stage(recipe, builder, exported_pair, tmp_path):

@@ -12,7 +12,7 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
-from transformers import AutoModelForSeq2SeqLM
+from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 from export import pack, serve
 from export.engine_files import Place, plan_name, write_manifest
@@ -79,7 +79,10 @@ def test_the_repository_holds_both_verified_graphs(name, packed_pairs, exported_
     assert hash_file(packed / "models" / f"{name}_encoder" / "1" / "model.onnx") == proofs["encoder_parity_fp32"]
     assert hash_file(packed / "models" / f"{name}_decoder" / "1" / "model.onnx") == proofs["parity_fp32"]
     assert record["about"]["networks"] == [f"{name}_encoder", f"{name}_decoder"]
-    assert record["evidence"] == exported["evidence"] and not (packed / "hub").exists()
+    assert record["evidence"] == exported["evidence"]
+    hub = {f"{stem}{form}.onnx" for stem in ("encoder_model", "decoder_model_merged") for form in ("", "_quantized")}
+    assert {path.name for path in (packed / "hub" / "onnx").iterdir()} == hub
+    assert AutoTokenizer.from_pretrained(packed / "hub")(TEXTS[0])["input_ids"]
     configs = {path.parent.name: read_config(path) for path in packed.glob("models/*/config.pbtxt")}
     assert set(configs) == {f"{name}_{part}" for part in ("tokenize", "encoder", "decoder", "answer", "text")}
     for part in ("encoder", "decoder"):
@@ -96,7 +99,8 @@ def test_the_repository_holds_both_verified_graphs(name, packed_pairs, exported_
     assert warm["past_key_values.0.encoder.key"] == [heads, 32, 8]
     page = (packed / "README.md").read_text()
     assert f"which calls `{name}_decoder` for each token" in page and f"of at most {NEW} tokens" in page
-    assert "hub/" not in page and "{" not in page and "|\n\n## Serve" in page
+    assert "with encoder_model.onnx, decoder_model_merged.onnx, encoder_model_quantized.onnx" in page
+    assert "{" not in page and "|\n\n## Serve" in page
     assert serve.read_packed(packed)["kind"] == "packed"
 
 

@@ -17,7 +17,6 @@ from export.gates import Gates, TaskGate
 from export.io_spec import read_spec
 from export.runners import open_onnx, open_onnx_graphs, open_torch_pair
 from export.scores import score
-from export.variants import check_variants
 from export.verified import subjects
 from tests.export.conftest import PAIR_GATES
 from trainer.artifact import read_artifact, write_json
@@ -71,7 +70,7 @@ def test_each_form_is_held_by_both_gates(name, exported_pair):
                               for what in ("encoder_parity", "parity", "quality")]  # fmt: skip
     exact, rounded = evidence["quality_fp32"], evidence["quality_int8"]
     assert exact["metrics"]["kept"] == pytest.approx(1.0, abs=1e-4) and exact["metrics"]["metric"] == "perplexity"
-    assert exact["metrics"]["kept_low"] <= 1 <= exact["metrics"]["kept_high"] + 1e-6
+    assert exact["metrics"]["kept_low"] - 1e-6 <= 1 <= exact["metrics"]["kept_high"] + 1e-6
     assert exact["thresholds"] == {"share": 0.95} and exact["metrics"]["sequences"] == 40
     assert rounded["metrics"]["kept"] >= 0.95
     assert rounded["file"] == "decoder_with_past_model_quantized.onnx"
@@ -106,14 +105,6 @@ def test_a_moved_cross_attention_weight_is_caught_by_both_gates(name, exported_p
     files = [exported / spec.files("fp32")[0], faulty]
     with pytest.raises(GateFailed, match=r"m: perplexity .* of its source's quality is kept"):
         whole.check("m", "fp32", files, open_onnx_graphs(files, spec, 1))
-
-
-def test_fp8_is_refused_by_name(model_folder):
-    """Before anything is made: ranges of a cache that a product reads directly are not measured."""
-    settings = Export.model_validate({"variants": ["fp8"], "opset": 20})
-    with pytest.raises(UserError, match=r"there is no fp8 of m, a T5ForConditionalGeneration\n.*a model of one graph"):
-        check_variants("m", read_spec(model_folder("t5")), settings)
-    check_variants("m", read_spec(model_folder("gpt2")), settings)
 
 
 def test_labelled_text_is_not_for_language_models(model_folder, capsys):

@@ -42,6 +42,8 @@ def test_the_least_time_by_hand():
     assert least_s(WORK, "eager", 800e6, RATES, 100, 50) == (pytest.approx(0.4), "memory")
     assert least_s(WORK, "eager", 800e6, RATES, 100, 50, cache=1e9)[0] == pytest.approx(1.4)
     assert least_s(WORK, "eager", 4e6, {"reason": "no rates"}, 100, 50) is None
+    assert least_s(WORK, "tensorrt_fp32", 4e6, RATES, 100, 50) == (pytest.approx(0.2004), "compute")
+    assert least_s(WORK, "tensorrt_fp8", 4e6, RATES, 100, 50) is None  # it is as fast as no rate that was measured
 
 
 def test_shares_of_rows():
