@@ -2,6 +2,7 @@
 Every draw comes from (seed, epoch, row), so it is the same on any rank, in any order, and after a resume."""
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -18,9 +19,17 @@ if TYPE_CHECKING:
 MASK_SHARE, RANDOM_SHARE = 0.8, 0.1
 
 
+# What a position's draws are for; each has its own.
+_ORDER, _KIND, _TOKEN, _WITHIN = range(4)
+
+
 @dataclass(frozen=True)
 class Masking:
-    """Masks for one vocabulary. V: entries of the vocabulary."""
+    """Masks for one vocabulary.
+
+    Shapes: V entries of the vocabulary, B rows, T tokens in a row, E tokens of all rows that may be targets, W words of
+    them, N targets.
+    """
 
     seed: int
     probability: float
@@ -32,58 +41,90 @@ class Masking:
     def _ordinary(self) -> NDArray[np.int64]:
         return np.flatnonzero(~self.special_V)
 
-    def apply(self, row: Row, index: int, epoch: int) -> Row:
-        """`row` with targets chosen and hidden; `index` and `epoch` name the draw."""
-        draw = np.random.Generator(np.random.Philox(key=[self.seed, 0x3A5C], counter=[0, 0, epoch, index]))
-        place_N = self._choose(row, draw)
-        input_ids, targets = row.input_ids.copy(), np.full_like(row.targets, NO_TARGET)
-        targets[place_N] = input_ids[place_N]
-        kind_N = draw.random(len(place_N))
-        random_N = draw.choice(self._ordinary, len(place_N))
-        hidden_N = np.where(kind_N < MASK_SHARE + RANDOM_SHARE, random_N, input_ids[place_N])
-        input_ids[place_N] = np.where(kind_N < MASK_SHARE, self.mask_id, hidden_N)
-        return Row(input_ids, row.segments, row.positions, targets)
+    def apply(self, rows: Row, index_B: Sequence[int], epoch_B: Sequence[int]) -> Row:
+        """`rows`, arrays [B, T], with targets chosen and hidden; `index_B` and `epoch_B` name the draws."""
+        draws = _Draws(self.seed, index_B, epoch_B, rows.input_ids.shape[1])
+        place_N = self._choose(rows, draws)
+        input_ids, targets = rows.input_ids.copy(), np.full_like(rows.targets, NO_TARGET)
+        token_N = input_ids.reshape(-1)[place_N]
+        targets.reshape(-1)[place_N] = token_N
+        kind_N = draws.uniform(_KIND, place_N)
+        random_N = self._ordinary[(draws.uniform(_TOKEN, place_N) * len(self._ordinary)).astype(np.int64)]
+        hidden_N = np.where(kind_N < MASK_SHARE + RANDOM_SHARE, random_N, token_N)
+        input_ids.reshape(-1)[place_N] = np.where(kind_N < MASK_SHARE, self.mask_id, hidden_N)
+        return Row(input_ids, rows.segments, rows.positions, targets)
 
-    def _choose(self, row: Row, draw: np.random.Generator) -> NDArray[np.int64]:
-        """Positions of the targets: whole words in random order until the row's share is reached.
+    def _choose(self, rows: Row, draws: "_Draws") -> NDArray[np.int64]:
+        """Places [B * T] of the targets: of each row whole words in random order until its share is reached.
 
         A word longer than the whole share (Chinese text, minified code) gives tokens within it if it is drawn first.
         """
-        place_E = np.flatnonzero((row.segments > 0) & ~self.special_V[row.input_ids])
+        maskable_BT = (rows.segments > 0) & ~self.special_V[rows.input_ids]
+        place_E = np.flatnonzero(maskable_BT)
         if not len(place_E):
             return place_E
-        budget = max(1, round(self.probability * len(place_E)))
-        start_W = np.flatnonzero(self._begins_word(row, place_E))
-        order_W = draw.permutation(len(start_W))
-        length_W = (np.append(start_W[1:], len(place_E)) - start_W)[order_W]
-        start_W = start_W[order_W]
-        if length_W[0] > budget:
-            return np.sort(draw.choice(place_E[start_W[0] : start_W[0] + length_W[0]], budget, replace=False))
-        fits_W = _first_that_fit(length_W, budget)
-        start_W, length_W = start_W[fits_W], length_W[fits_W]
+        budget_B = np.maximum(1, np.rint(self.probability * maskable_BT.sum(axis=1))).astype(np.int64)
+        start_W = np.flatnonzero(self._begins_word(rows, place_E))
+        length_W = np.diff(start_W, append=len(place_E))
+        row_W = place_E[start_W] // draws.row_length
+        order_W = np.argsort(row_W + draws.uniform(_ORDER, place_E[start_W]))
+        start_W, length_W, row_W = start_W[order_W], length_W[order_W], row_W[order_W]
+        ends_W = np.cumsum(length_W)
+        first_B = np.searchsorted(row_W, np.arange(len(budget_B)))
+        used_W = ends_W - np.append(0, ends_W)[first_B][row_W]
+        taken_W = used_W <= budget_B[row_W]
+        place_N = [_drawn_within(place_E[start_W[at] : start_W[at] + length_W[at]], budget_B[row_W[at]], draws)
+                   for at in np.flatnonzero((used_W == length_W) & ~taken_W)]  # fmt: skip
+        left_B = budget_B - np.bincount(row_W, length_W * taken_W, len(budget_B)).astype(np.int64)
+        left_B[row_W[(used_W == length_W) & ~taken_W]] = 0
+        while (fits := np.flatnonzero(~taken_W & (length_W <= left_B[row_W]))).size:
+            next_R = fits[np.unique(row_W[fits], return_index=True)[1]]  # of each row the first that fits what is left
+            taken_W[next_R] = True
+            left_B[row_W[next_R]] -= length_W[next_R]
+        start_W, length_W = start_W[taken_W], length_W[taken_W]
         within_N = np.arange(length_W.sum()) - np.repeat(np.cumsum(length_W) - length_W, length_W)
-        return np.sort(place_E[np.repeat(start_W, length_W) + within_N])
+        return np.sort(np.concatenate([place_E[np.repeat(start_W, length_W) + within_N], *place_N]))
 
-    def _begins_word(self, row: Row, place_E: NDArray[np.int64]) -> NDArray[np.bool_]:
+    def _begins_word(self, rows: Row, place_E: NDArray[np.int64]) -> NDArray[np.bool_]:
         if self.starts_word_V is None:
             return np.ones(len(place_E), dtype=np.bool_)
-        begins_E = self.starts_word_V[row.input_ids[place_E]]
+        begins_E = self.starts_word_V[rows.input_ids.reshape(-1)[place_E]] | (place_E % rows.input_ids.shape[1] == 0)
         begins_E[0] = True
         begins_E[1:] |= place_E[1:] - place_E[:-1] != 1
         return begins_E
 
 
-def _first_that_fit(length_W: NDArray[np.int64], budget: int) -> NDArray[np.int64]:
-    """Indices of the lengths, in their order, that still fit what those before them left of `budget`."""
-    ends_W = np.cumsum(length_W)
-    fits = int(np.searchsorted(ends_W, budget, side="right"))
-    chosen, left = list(range(fits)), budget - (int(ends_W[fits - 1]) if fits else 0)
-    while left and (later := np.flatnonzero(length_W[fits:] <= left)).size:
-        fits += int(later[0])
-        chosen.append(fits)
-        left -= int(length_W[fits])
-        fits += 1
-    return np.array(chosen, dtype=np.int64)
+def _drawn_within(place_N: NDArray[np.int64], count: int, draws: "_Draws") -> NDArray[np.int64]:
+    return place_N[np.argsort(draws.uniform(_WITHIN, place_N))[:count]]
+
+
+class _Draws:
+    """Random numbers of every position of rows, by SplitMix64 (Steele, Lea and Flood 2014, "Fast splittable
+    pseudorandom number generators"), which needs no state: only what is looked at is computed, of all rows at once."""
+
+    def __init__(self, seed: int, index_B: Sequence[int], epoch_B: Sequence[int], row_length: int) -> None:
+        self.row_length = row_length
+        key = _scrambled(np.array([seed], dtype=np.uint64))
+        key_B = _scrambled(key ^ np.array(epoch_B, dtype=np.uint64))
+        self._key_B = _scrambled(key_B ^ np.array(index_B, dtype=np.uint64))
+
+    def uniform(self, kind: int, place_N: NDArray[np.int64]) -> NDArray[np.float64]:
+        """In [0, 1), of the places [B * T], for one of the kinds of draws."""
+        row_N, at_N = np.divmod(place_N, self.row_length)
+        count_N = (4 * at_N + kind).astype(np.uint64)
+        bits_N = _scrambled(self._key_B[row_N] + count_N * _STEP) >> np.uint64(11)
+        return bits_N.astype(np.float64) * 2.0**-53
+
+
+_STEP = np.uint64(0x9E3779B97F4A7C15)
+
+
+def _scrambled(state_N: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """SplitMix64's next number of each state."""
+    state_N = state_N + _STEP
+    state_N = (state_N ^ (state_N >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    state_N = (state_N ^ (state_N >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return state_N ^ (state_N >> np.uint64(31))
 
 
 def masking(tokenizer: "PreTrainedTokenizerBase", probability: float, whole_word: bool, seed: int) -> Masking:

@@ -4,6 +4,8 @@ Which row comes when is `stream`'s business, which tokens become targets of a ma
 Shapes: D documents, P pieces of documents, R rows, T tokens in a row.
 """
 
+import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -34,12 +36,22 @@ class Framing:
 
 @dataclass(frozen=True)
 class Row:
-    """One packed row; all arrays [T]. `segments` numbers the pieces from 1, padding is 0."""
+    """One packed row, all arrays [T], or several, [B, T]. `segments` numbers the pieces from 1, padding is 0."""
 
     input_ids: Ints
     segments: Ints
     positions: Ints
     targets: Ints  # causal: the next token of the piece; NO_TARGET elsewhere, and everywhere for a masked LM
+
+    @staticmethod
+    def stack(rows: "Sequence[Row]") -> "Row":
+        """Rows of one length as one, arrays [B, T]."""
+        return Row(
+            np.stack([row.input_ids for row in rows]),
+            np.stack([row.segments for row in rows]),
+            np.stack([row.positions for row in rows]),
+            np.stack([row.targets for row in rows]),
+        )
 
 
 class PackedRows:
@@ -73,23 +85,23 @@ class PackedRows:
 
     def row(self, index: int, epoch: int) -> Row:
         """Row `index`; the same in every epoch."""
-        framing = self.framing
-        blank = np.zeros(framing.row_length, dtype=np.int64)
-        row = Row(blank + self._fill(), blank.copy(), blank.copy(), blank + NO_TARGET)
+        length, count = self.framing.row_length, self._count_T
+        row = Row(np.full(length, self._fill), np.zeros(length, np.int64), count.copy(), np.full(length, NO_TARGET))
         at = 0
         pieces = self._piece_order[self._row_offsets[index] : self._row_offsets[index + 1]]
-        for segment, piece in enumerate(pieces, start=1):
-            inputs, targets = self._piece(int(piece))
-            stop = at + len(inputs)
-            row.input_ids[at:stop] = inputs
+        for segment, piece in enumerate(pieces.tolist(), start=1):
+            stop = self._write_piece(piece, row, at)
             row.segments[at:stop] = segment
-            row.positions[at:stop] = np.arange(len(inputs))
-            if targets is not None:
-                row.targets[at:stop] = targets
+            row.positions[at:stop] = count[: stop - at]
             at = stop
-        row.positions[at:] = np.arange(framing.row_length - at)
+        row.positions[at:] = count[: length - at]
         return row
 
+    @functools.cached_property
+    def _count_T(self) -> Ints:
+        return np.arange(self.framing.row_length)
+
+    @functools.cached_property
     def _fill(self) -> int:
         """What stands behind the last document of a row, where nobody sees it.
 
@@ -98,24 +110,28 @@ class PackedRows:
         """
         return self._shards.manifest["end_of_document"] if self.framing.causal and self._has_eod else self.framing.pad
 
-    def _piece(self, piece: int) -> tuple[Ints, Ints | None]:
+    def _write_piece(self, piece: int, row: Row, at: int) -> int:
+        """Put a piece into a row from place `at` on; returns the place behind it."""
         framing = self.framing
         document, start = int(self._document_P[piece]), int(self._start_P[piece])
         stop = start + int(self._length_P[piece])
+        end = at + stop - start + framing.overhead
         if not framing.causal:
-            text = self._shards.read(document, start, stop)
-            frame = (
-                [framing.begin] if framing.begin is not None else [],
-                [framing.end] if framing.end is not None else [],
-            )
-            return np.concatenate([np.array(frame[0], np.int64), text, np.array(frame[1], np.int64)]), None
+            first, last = at, end
+            if framing.begin is not None:
+                row.input_ids[at], first = framing.begin, at + 1
+            if framing.end is not None:
+                row.input_ids[end - 1], last = framing.end, end - 1
+            row.input_ids[first:last] = self._shards.read(document, start, stop)
+            return end
         if framing.begin is None:
             tokens = self._shards.read(document, start, stop + 1)
         elif start == 0:
             tokens = np.concatenate([np.array([framing.begin], np.int64), self._shards.read(document, 0, stop)])
         else:
             tokens = self._shards.read(document, start - 1, stop)
-        return tokens[:-1], tokens[1:]
+        row.input_ids[at:end], row.targets[at:end] = tokens[:-1], tokens[1:]
+        return end
 
 
 class StreamRows:

@@ -6,6 +6,7 @@ Format, as read in megatron.core.datasets.indexed_dataset: the .bin holds the to
 (int64) and document indices (int64, from 0 to the number of sequences). Here one document is one sequence.
 Beside them lies our own .digests: a uint64 for each document, of its text alone."""
 
+import bisect
 import functools
 import json
 import struct
@@ -143,10 +144,11 @@ class TokenShards:
         """int64: tokens of each document, with the end-of-document token where the manifest names one."""
         self.source_D = np.repeat(index_S, counts_S)
         """uint16: index of each document's source in `sources`."""
-        self._tokens_S = [tokens for _, tokens in shards]
-        self._first_S = np.cumsum(counts_S) - counts_S  # first document of each shard
+        self._tokens_S = [np.asarray(tokens) for _, tokens in shards]  # a slice of a memmap costs much more
+        first_S = np.cumsum(counts_S) - counts_S
+        self._first_S: list[int] = first_S.tolist()  # first document of each shard
         tokens_before_D = np.cumsum(self.lengths_D) - self.lengths_D
-        self._offset_D = tokens_before_D - np.repeat(tokens_before_D[self._first_S], counts_S)  # within its shard
+        self._offset_D = tokens_before_D - np.repeat(tokens_before_D[first_S], counts_S)  # within its shard
 
     @classmethod
     def open(cls, folder: Path, split: str) -> Self:
@@ -194,7 +196,7 @@ class TokenShards:
         if not 0 <= document < len(self):
             raise IndexError(f"document {document} of {len(self)}")
         start, stop, _ = slice(start, stop).indices(int(self.lengths_D[document]))
-        shard = int(np.searchsorted(self._first_S, document, side="right")) - 1
+        shard = bisect.bisect_right(self._first_S, document) - 1
         offset = int(self._offset_D[document])
         return self._tokens_S[shard][offset + start : offset + stop].astype(np.int64)
 

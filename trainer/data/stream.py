@@ -6,7 +6,7 @@ Shapes: B rows in a micro-batch, T tokens in a row, N target tokens and P docume
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -135,16 +135,11 @@ class TrainStream:
         return [batch.to(self._device) for batch in batches]
 
     def _batch(self, samples: range) -> Batch:
-        places = [(sample // len(self._rows), sample % len(self._rows)) for sample in samples]
-        return _collate(
-            [self._row(int(_order(self._seed, epoch, len(self._rows))[place]), epoch) for epoch, place in places],
-            tuple(samples),
-            isolated=self._rows.isolated,
-        )
-
-    def _row(self, index: int, epoch: int) -> Row:
-        row = self._rows.row(index, epoch)
-        return self._masking.apply(row, index, epoch) if self._masking else row
+        epochs, places = zip(*(divmod(sample, len(self._rows)) for sample in samples), strict=True)
+        indices = [
+            int(_order(self._seed, epoch, len(self._rows))[place]) for epoch, place in zip(epochs, places, strict=True)
+        ]
+        return _make_batch(self._rows, self._masking, indices, epochs, tuple(samples))
 
 
 def validation_batches(
@@ -160,15 +155,12 @@ def validation_batches(
     order = _order(seed, VALIDATION_EPOCH, len(rows))[: count or len(rows)]
     groups = [order[at : at + plan.micro_batch_size] for at in range(0, len(order), plan.micro_batch_size)]
 
-    def make(index: int) -> Row:
-        row = rows.row(index, VALIDATION_EPOCH)
-        return masking.apply(row, index, VALIDATION_EPOCH) if masking else row
-
     def batches() -> Iterator[Batch]:
         for first in range(0, len(groups), plan.world):
             at = first + plan.rank
             chosen = groups[at] if at < len(groups) else groups[0][:1]
-            batch = _collate([make(int(index)) for index in chosen], tuple(map(int, chosen)), rows.isolated)
+            indices = tuple(map(int, chosen))
+            batch = _make_batch(rows, masking, indices, [VALIDATION_EPOCH] * len(indices), indices)
             yield batch if at < len(groups) else batch.without_targets()
 
     return batches
@@ -179,22 +171,27 @@ def _order(seed: int, epoch: int, count: int) -> np.ndarray:
     return np.random.default_rng([seed, 0x0DE2, epoch]).permutation(count)
 
 
-def _collate(rows: list[Row], samples: tuple[int, ...], isolated: bool) -> Batch:
-    targets = np.stack([row.targets for row in rows]).reshape(-1)
+def _make_batch(
+    rows: Rows, masking: Masking | None, indices: Sequence[int], epochs: Sequence[int], samples: tuple[int, ...]
+) -> Batch:
+    """The batch of some rows, each in its epoch; masked, if it is for a masked LM."""
+    stacked = Row.stack([rows.row(index, epoch) for index, epoch in zip(indices, epochs, strict=True)])
+    if masking:
+        stacked = masking.apply(stacked, indices, epochs)
+    targets = stacked.targets.reshape(-1)
     places = np.flatnonzero(targets != NO_TARGET)
-    segments = np.stack([row.segments for row in rows])
-    boundaries = _boundaries(segments)
+    boundaries = _boundaries(stacked.segments)
     return Batch(
-        input_ids=torch.from_numpy(np.stack([row.input_ids for row in rows])),
-        segments=torch.from_numpy(segments),
-        positions=torch.from_numpy(np.stack([row.positions for row in rows])),
+        input_ids=torch.from_numpy(stacked.input_ids),
+        segments=torch.from_numpy(stacked.segments),
+        positions=torch.from_numpy(stacked.positions),
         boundaries=torch.from_numpy(boundaries),
         longest=int(np.diff(boundaries).max()),
         target_places=torch.from_numpy(places),
         targets=torch.from_numpy(targets[places]),
         sample_ids=samples,
-        num_tokens=int((segments > 0).sum()),
-        isolated=isolated,
+        num_tokens=int((stacked.segments > 0).sum()),
+        isolated=rows.isolated,
     )
 
 
