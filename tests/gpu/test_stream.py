@@ -1,4 +1,4 @@
-"""Batches that are brought to the GPU ahead, on the thread that makes them."""
+"""Batches that are brought to the GPU as they are made."""
 
 import numpy as np
 import pytest

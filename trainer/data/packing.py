@@ -43,6 +43,10 @@ class Row:
     positions: Ints
     targets: Ints  # causal: the next token of the piece; NO_TARGET elsewhere, and everywhere for a masked LM
 
+    def part(self, rows: slice) -> "Row":
+        """Some of several rows."""
+        return Row(self.input_ids[rows], self.segments[rows], self.positions[rows], self.targets[rows])
+
     @staticmethod
     def stack(rows: "Sequence[Row]") -> "Row":
         """Rows of one length as one, arrays [B, T]."""

@@ -7,8 +7,8 @@ Shapes: B rows in a micro-batch, T tokens in a row, N target tokens and P docume
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 import torch
@@ -20,6 +20,8 @@ from trainer.data.packing import NO_TARGET, Row, Rows
 from trainer.errors import UserError
 
 VALIDATION_EPOCH = 2**31  # no training epoch comes this far: validation draws its masks apart from training
+# Rows that are made at once: for fewer, more of the time goes to calling numpy than to what it does.
+_ROWS_AT_ONCE = 64
 
 
 @dataclass(frozen=True)
@@ -55,11 +57,10 @@ class Batch:
         """The same batch with its tensors on `device`."""
         if self.input_ids.device.type == device.type:
             return self
-        with torch.cuda.device(device):  # a new thread is at GPU 0, where pinning would open a context for each rank
-            moved = {
-                name: getattr(self, name).pin_memory().to(device, non_blocking=True)
-                for name in ("input_ids", "segments", "positions", "boundaries", "target_places", "targets")
-            }
+        moved = {
+            name: getattr(self, name).pin_memory().to(device, non_blocking=True)
+            for name in ("input_ids", "segments", "positions", "boundaries", "target_places", "targets")
+        }
         return dataclasses.replace(self, **moved)
 
 
@@ -94,7 +95,7 @@ class BatchPlan:
 
 
 class TrainStream:
-    """Endless rows in shuffled order; a step's batches can be made ahead, and brought to `device`, in a thread."""
+    """Endless rows in shuffled order; batches can be made ahead, and brought to `device`."""
 
     def __init__(
         self,
@@ -111,35 +112,40 @@ class TrainStream:
         self._masking = masking
         self._seed = seed
         self._device = device
-        self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches")
-        self._ahead: tuple[int, Future[list[Batch]]] | None = None
+        self._made: dict[int, list[Batch]] = {}
 
     def micro_batches(self, step: int) -> list[Batch]:
         """This rank's micro-batches of optimizer step `step` (from 0)."""
-        ahead, self._ahead = self._ahead, None
-        if ahead is not None and ahead[0] == step:
-            return ahead[1].result()
-        return self._make(step)
+        self.make_ahead(step)
+        return self._made.pop(step)
 
     def make_ahead(self, step: int) -> None:
-        """Begin to make what `micro_batches` will be asked for next."""
-        self._ahead = step, self._worker.submit(self._make, step)
+        """Make the batches of `step` where they are not there; those of later steps with them, if all are small."""
+        if step in self._made:
+            return
+        own_rows = self.plan.micro_batch_size * self.plan.accumulation
+        steps = range(step, step + max(1, _ROWS_AT_ONCE // own_rows))
+        batches = self._make(
+            [self.plan.samples(one, micro) for one in steps for micro in range(self.plan.accumulation)]
+        )
+        self._made = {one: list(islice(batches, self.plan.accumulation)) for one in steps}
 
     @property
     def epoch_steps(self) -> float:
         """Steps in which every row is seen once."""
         return len(self._rows) / self.plan.global_batch_size
 
-    def _make(self, step: int) -> list[Batch]:
-        batches = [self._batch(self.plan.samples(step, micro)) for micro in range(self.plan.accumulation)]
-        return [batch.to(self._device) for batch in batches]
-
-    def _batch(self, samples: range) -> Batch:
-        epochs, places = zip(*(divmod(sample, len(self._rows)) for sample in samples), strict=True)
-        indices = [
-            int(_order(self._seed, epoch, len(self._rows))[place]) for epoch, place in zip(epochs, places, strict=True)
-        ]
-        return _make_batch(self._rows, self._masking, indices, epochs, tuple(samples))
+    def _make(self, micro_batches: list[range]) -> Iterator[Batch]:
+        """The batches of these samples."""
+        at_once = max(1, _ROWS_AT_ONCE // self.plan.micro_batch_size)
+        for first in range(0, len(micro_batches), at_once):
+            chosen = micro_batches[first : first + at_once]
+            places = [divmod(sample, len(self._rows)) for samples in chosen for sample in samples]
+            indices = [int(_order(self._seed, epoch, len(self._rows))[place]) for epoch, place in places]
+            read = _read(self._rows, self._masking, indices, [epoch for epoch, _ in places])
+            for number, samples in enumerate(chosen):
+                own = slice(number * len(samples), (number + 1) * len(samples))
+                yield _batch(read.part(own), tuple(samples), self._rows.isolated).to(self._device)
 
 
 def validation_batches(
@@ -160,7 +166,8 @@ def validation_batches(
             at = first + plan.rank
             chosen = groups[at] if at < len(groups) else groups[0][:1]
             indices = tuple(map(int, chosen))
-            batch = _make_batch(rows, masking, indices, [VALIDATION_EPOCH] * len(indices), indices)
+            read = _read(rows, masking, indices, [VALIDATION_EPOCH] * len(indices))
+            batch = _batch(read, indices, rows.isolated)
             yield batch if at < len(groups) else batch.without_targets()
 
     return batches
@@ -171,27 +178,27 @@ def _order(seed: int, epoch: int, count: int) -> np.ndarray:
     return np.random.default_rng([seed, 0x0DE2, epoch]).permutation(count)
 
 
-def _make_batch(
-    rows: Rows, masking: Masking | None, indices: Sequence[int], epochs: Sequence[int], samples: tuple[int, ...]
-) -> Batch:
-    """The batch of some rows, each in its epoch; masked, if it is for a masked LM."""
-    stacked = Row.stack([rows.row(index, epoch) for index, epoch in zip(indices, epochs, strict=True)])
-    if masking:
-        stacked = masking.apply(stacked, indices, epochs)
-    targets = stacked.targets.reshape(-1)
+def _read(rows: Rows, masking: Masking | None, indices: Sequence[int], epochs: Sequence[int]) -> Row:
+    """Some rows, each in its epoch, as one; masked, if they are for a masked LM."""
+    read = Row.stack([rows.row(index, epoch) for index, epoch in zip(indices, epochs, strict=True)])
+    return masking.apply(read, indices, epochs) if masking else read
+
+
+def _batch(rows: Row, samples: tuple[int, ...], isolated: bool) -> Batch:
+    targets = rows.targets.reshape(-1)
     places = np.flatnonzero(targets != NO_TARGET)
-    boundaries = _boundaries(stacked.segments)
+    boundaries = _boundaries(rows.segments)
     return Batch(
-        input_ids=torch.from_numpy(stacked.input_ids),
-        segments=torch.from_numpy(stacked.segments),
-        positions=torch.from_numpy(stacked.positions),
+        input_ids=torch.from_numpy(rows.input_ids),
+        segments=torch.from_numpy(rows.segments),
+        positions=torch.from_numpy(rows.positions),
         boundaries=torch.from_numpy(boundaries),
         longest=int(np.diff(boundaries).max()),
         target_places=torch.from_numpy(places),
         targets=torch.from_numpy(targets[places]),
         sample_ids=samples,
-        num_tokens=int((stacked.segments > 0).sum()),
-        isolated=rows.isolated,
+        num_tokens=int(np.count_nonzero(rows.segments)),
+        isolated=isolated,
     )
 
 

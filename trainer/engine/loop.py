@@ -82,7 +82,7 @@ class Run:
         return part.stream.micro_batches(step - part.first_step + self.progress.data_shift_steps)
 
     def make_ahead(self, step: int) -> None:
-        """Have the batches of `step` made in the background, if there is such a step."""
+        """Have the batches of `step` made, if there is such a step."""
         if step < self.last_step:
             part = self.part(step)
             part.stream.make_ahead(step - part.first_step + self.progress.data_shift_steps)
@@ -182,11 +182,11 @@ def take_step(run: Run, step: int, batches: list[Batch], counts: dict[str, float
         with run.engine.autocast(), run.meter.forward_watch:
             loss: LossSum = run.objective(run.engine.model, batch.to(run.engine.device))
             share = loss.divided(counts)
-        if number == 1:  # in the backward, which leaves the interpreter to the thread; before it they would contend
-            share.register_hook(lambda _: run.make_ahead(step + 1))
         run.engine.backward(share, last=number == len(batches))
         total += share.detach()
         run.meter.add(loss)
+    if not run.engine.on_cpu:  # the GPU is still at the backward pass, for which the step waits
+        run.make_ahead(step + 1)
     result = run.engine.step()
     run.progress.tokens += int(counts["tokens"])
     run.progress.skipped_steps += not result.applied
