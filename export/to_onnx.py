@@ -14,6 +14,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import torch
+from onnx_ir.passes import common
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
@@ -181,6 +182,7 @@ def export_graph(model: torch.nn.Module, spec: IoSpec, path: Path, opset: int) -
         )
     assert program is not None
     _tidy(program.model, spec)
+    transpose_keys_at_once(program.model)
     size_bytes = sum(weight.const_value.nbytes for weight in program.model.graph.initializers.values()
                      if weight.const_value is not None)  # fmt: skip
     ir.save(program.model, path, external_data=data_file(path).name if size_bytes > files.LARGE_BYTES else None)
@@ -216,6 +218,31 @@ def _tidy(model: ir.Model, spec: IoSpec) -> None:
         value.shape = ir.Shape(dims)
     for node in model.graph.all_nodes():
         node.metadata_props.pop("pkg.torch.onnx.stack_trace", None)
+
+
+def transpose_keys_at_once(model: ir.Model) -> None:
+    """Write the transpose of attention's keys, [B, K, S, D] to [B, K, D, S], as one node.
+
+    torch's exporter makes it of a Reshape to three axes, a Transpose, and a Reshape back, which ONNX Runtime does not
+    take into the product: all keys of a cache would be copied at each step.
+    """
+    makers = {output: node for node in model.graph for output in node.outputs}
+    for back in [node for node in model.graph if node.op_type == "Reshape"]:
+        turned = makers.get(back.inputs[0])  # type: ignore[arg-type] - None is no key
+        flat = makers.get(turned.inputs[0]) if turned and turned.op_type == "Transpose" else None  # type: ignore[arg-type]
+        if not (
+            turned and flat and flat.op_type == "Reshape" and tuple(turned.attributes["perm"].as_ints()) == (0, 2, 1)
+        ):
+            continue
+        keys = flat.inputs[0]
+        if keys is None or keys.shape is None or len(keys.shape) != 4:
+            continue
+        whole = ir.node("Transpose", [keys], {"perm": [0, 1, 3, 2]}, name=turned.name)
+        whole.outputs[0].name, whole.outputs[0].type = turned.outputs[0].name, back.outputs[0].type
+        model.graph.insert_before(back, whole)
+        ir.convenience.replace_all_uses_with(back.outputs[0], whole.outputs[0])
+        model.graph.remove([back, turned], safe=True)
+    common.RemoveUnusedNodesPass()(model)
 
 
 @contextlib.contextmanager
