@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -17,7 +18,7 @@ from export import export as stage
 from export.cases import load_documents
 from export.io_spec import read_spec
 from export.runners import open_runner
-from export.to_onnx import load_model
+from export.to_onnx import export_graph, load_model
 from tests.export.conftest import MAX_LENGTH, architectures
 from trainer import prepare
 from trainer.artifact import content_hash, hash_file, read_artifact
@@ -69,6 +70,25 @@ def test_every_architecture_passes_the_gate_and_is_described(name, model_folder,
     assert AutoConfig.from_pretrained(target).model_type == read_spec(folder).model_type
     assert AutoTokenizer.from_pretrained(target)("a")["input_ids"]
     assert not (target / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "t5"])
+def test_no_key_is_copied_to_be_multiplied(name, model_folder, tmp_path):
+    """Of a cache: ONNX Runtime takes the transpose into the product."""
+    folder = model_folder(name)
+    spec, raw, fused = read_spec(folder), tmp_path / "model.onnx", tmp_path / "fused.onnx"
+    export_graph(load_model(folder, spec), spec, raw, 20)
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(fused)
+    onnxruntime.InferenceSession(raw, options, providers=["CPUExecutionProvider"])
+    nodes = onnx.load(fused).graph.node
+    turned = [
+        {one.name: list(one.ints) for one in node.attribute}["perm"] for node in nodes if node.op_type == "Transpose"
+    ]
+    assert [0, 1, 3, 2] not in turned and [0, 2, 1] not in turned
+    taken_in = [node for node in nodes if node.op_type == "FusedMatMul"
+                and {one.name: one.i for one in node.attribute}["transB"]]  # fmt: skip
+    assert len(taken_in) >= 2
 
 
 def test_int8_alone_has_no_raw_graph_and_a_quantized_head(model_folder, documents, tmp_path):

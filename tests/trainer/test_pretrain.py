@@ -1,5 +1,4 @@
 import json
-import threading
 
 import pytest
 import torch
@@ -46,7 +45,7 @@ def test_transformers_sees_no_padding_without_a_mask_in_a_causal_run(written_rec
     assert main(["pretrain", str(recipe_path)]) == 0
     assert set(said) == {1}  # it looked, and saw none
 
-    monkeypatch.setattr(PackedRows, "_fill", lambda self: self.framing.pad)
+    monkeypatch.setattr(PackedRows, "_fill", property(lambda self: self.framing.pad))
     padded = written_recipe("gpt2", "padded", max_steps=4, eval_every_steps=4)
     assert main(["pretrain", str(padded)]) == 0
     assert any("attention_mask" in str(text) for text in said)
@@ -145,17 +144,30 @@ def test_continuing_from_a_folder_begins_where_it_ended(written_recipe):
     assert "init_from" in read_artifact(load_recipe(str(second)).model_dir("pretrain"))["parents"]
 
 
-def test_batches_are_made_beside_the_step_before(written_recipe, monkeypatch):
-    """All but the first, in a thread, and each of them once."""
+def test_batches_of_small_steps_are_made_together_and_each_once(written_recipe, monkeypatch):
     made, real = [], TrainStream._make
+    monkeypatch.setattr(TrainStream, "_make", lambda stream, samples: made.append(samples) or real(stream, samples))
+    assert main(["pretrain", str(written_recipe(max_steps=10, global_batch_size=8, micro_batch_size=4))]) == 0
+    rows_at_once = [[range(at, at + 4) for at in range(first, first + 64, 4)] for first in (0, 64)]
+    assert made == rows_at_once  # eight steps, then those from the ninth on
 
-    def noted(stream, step):
-        made.append((step, threading.current_thread() is threading.main_thread()))
-        return real(stream, step)
 
-    monkeypatch.setattr(TrainStream, "_make", noted)
-    assert main(["pretrain", str(written_recipe(max_steps=6, global_batch_size=8, micro_batch_size=4))]) == 0
-    assert made == [(0, True), *((step, False) for step in range(1, 6))]
+def test_while_a_gpu_is_at_the_backward_pass_the_next_batches_are_made(written_recipe, monkeypatch):
+    """An engine that says that it is on one; the step itself waits for the gradient's norm."""
+    seen = []
+    backward, step, make_ahead = Engine.backward, Engine.step, TrainStream.make_ahead
+
+    def begun(engine, *rest, **named):
+        engine.on_cpu = False
+        seen.append("backward")
+        backward(engine, *rest, **named)
+
+    monkeypatch.setattr(Engine, "backward", begun)
+    monkeypatch.setattr(Engine, "step", lambda engine: seen.append("step") or step(engine))
+    monkeypatch.setattr(TrainStream, "make_ahead", lambda stream, of: seen.append(of) or make_ahead(stream, of))
+    assert main(["pretrain", str(written_recipe(max_steps=3, global_batch_size=8, micro_batch_size=4))]) == 0
+    both = ["backward", "backward"]
+    assert seen == [0, *both, 1, "step", 1, *both, 2, "step", 2, *both, "step"]
 
 
 def test_run_folder_says_what_was_run(written_recipe):
