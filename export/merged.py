@@ -5,7 +5,7 @@ The nodes are those of the two graphs that were verified; some move from one fil
 (`use_cache_branch` false) an If node computes what later steps are given as their past.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,7 @@ _FAULT = "this is a fault of lmworks: export without this variant, or take anoth
 def merge(files: Sequence[Path], spec: IoSpec, encoder_file: Path, decoder_file: Path) -> None:
     """Write both graphs of a model, `files` in the order of `spec.parts`, in that layout."""
     encoder, decoder = (onnx.load(file) for file in files)
-    nodes, weights = _projections(encoder.graph, spec, element_types(files[0]))
+    nodes, weights = _projections(encoder.graph, spec, files[0])
     _keep_hidden_alone(encoder.graph)
     save_graph(encoder, encoder_file)
     _take_in(decoder.graph, spec, nodes)
@@ -96,10 +96,10 @@ def _require_near(what: str, file: Path, found: Arrays, expected: Arrays) -> Non
 
 
 def _projections(
-    graph: onnx.GraphProto, spec: IoSpec, types: Mapping[str, int]
+    graph: onnx.GraphProto, spec: IoSpec, file: Path
 ) -> tuple[list[onnx.NodeProto], list[onnx.TensorProto]]:
-    """What an encoder's graph makes keys and values of its hidden states with, to be read from HIDDEN and the mask, and
-    the weights of it; all under names of their own."""
+    """What an encoder's graph, that of `file`, makes keys and values of its hidden states with, to be read from HIDDEN
+    and the mask, and the weights of it; all under names of their own."""
     assert spec.cross is not None
     makers = {output: node for node in graph.node for output in node.output}
     source = makers[_MADE]
@@ -130,8 +130,8 @@ def _projections(
     for one in weights:
         one.name = _own(one.name)
     if inner != _MADE and inner in read:
-        name = _own(f"cast_to_{inner}")
-        nodes.insert(0, helper.make_node("Cast", [HIDDEN], [_own(inner)], name=name, to=types[inner]))
+        name, type = _own(f"cast_to_{inner}"), element_types(file)[inner]
+        nodes.insert(0, helper.make_node("Cast", [HIDDEN], [_own(inner)], name=name, to=type))
     return nodes, weights
 
 

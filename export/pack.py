@@ -120,7 +120,7 @@ def pack_model(recipe: Recipe, settings: Pack, subject: Subject) -> Path:
     with staging(target) as partial:
         tokenizer = _open_tokenizer(subject.folder)
         write_repository(partial / "models", subject, served, settings, tokenizer, engines)
-        hub_files = write_hub(partial / "hub", subject, load_documents(recipe, subject.folder))
+        hub_files = write_hub(partial / "hub", subject, load_documents(recipe, subject.folder) if spec.encoder else [])
         require_unchanged(subject)
         write_companions(partial, names, about, hub_files, _example(spec, tokenizer), target, engines)
         write_artifact(
@@ -202,6 +202,8 @@ def write_hub(folder: Path, subject: Subject, documents: Documents) -> list[str]
     files = []
     for variant, one in subject.variants.items():
         if variant not in HUB_FILES:  # they have no name for bf16
+            continue
+        if subject.spec.encoder and variant == "int8_static":  # in a branch ONNX Runtime rounds its products otherwise
             continue
         if subject.spec.encoder:
             files += _write_merged(folder / "onnx", subject, one, documents)

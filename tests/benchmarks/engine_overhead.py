@@ -3,10 +3,10 @@ optimizer and clipping, in turns.
 
     python tests/benchmarks/engine_overhead.py [--rounds N] [--threads N] [--sizes NAME …] [--out FILE]
 
-Ours is `lmworks pretrain` as it is: data made by its thread, counts and votes, learning rate, gradient norm looked at,
+Ours is `lmworks pretrain` as it is: data made, counts and votes, learning rate, gradient norm looked at,
 metrics written every ten steps; its step time is the one it reports. The bare loop and Trainer have their batches ready
 in a list; the former does nothing but forward, backward, clip, step, the latter logs every ten steps as we do. By
-default one thread computes, so that data has a core of its own beside it, as the host of a GPU has many.
+default one thread computes, so that nothing of ours is hidden behind a product.
 A round counts only if the process got the CPU time that it wanted.
 """
 

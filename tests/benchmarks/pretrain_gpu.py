@@ -7,7 +7,7 @@ gpt2: GPT-2 124M on rows of 1024 tokens, one stream cut into rows, as nanoGPT tr
 rows of 512 tokens into which documents are packed: ours keeps the documents apart, for the others they run into each
 other, as in transformers' run_mlm.py. All in bf16 with fused AdamW, clipping and torch.compile, without dropout.
 
-Ours is `lmworks pretrain` as it is, by its own step times: data made by its thread, kernels and loss on auto, counts,
+Ours is `lmworks pretrain` as it is, by its own step times: data made, kernels and loss on auto, counts,
 votes, norms looked at, metrics written. The bare loop does nothing but forward, backward, clip and step of a compiled
 model over batches that lie on the GPU; Trainer gets the same rows from a list. The sides train in turns in one process,
 a window each in a round. MFU counts the FLOPs that training needs (heads at targets alone), against the datasheet and

@@ -260,6 +260,11 @@ def test_weights_that_were_overwritten_in_place_are_noticed(recipe, tmp_path):
         pack.run(one.model_copy(update={"export": one.export.model_copy(update={"models": {"bert": source}})}))
 
 
+def test_one_graph_is_packed_without_looking_for_text(recipe, monkeypatch):
+    monkeypatch.setattr(pack, "load_documents", lambda *_: pytest.fail("its graph is copied as it is"))
+    pack.run(recipe("bert"))
+
+
 def test_an_export_that_changes_while_it_is_packed_is_not_packed(recipe, tmp_path, monkeypatch):
     def changes(partial, subject, documents):
         (subject.folder / "model.onnx").write_bytes(b"another")

@@ -49,8 +49,10 @@ def recipe(exported_pair, trained_pair, pieces, monkeypatch, tmp_path):
     return make
 
 
-def test_the_whole_stage_writes_the_rows_that_decoders_have(recipe, tmp_path):
+def test_the_whole_stage_writes_the_rows_that_decoders_have(recipe, tmp_path, monkeypatch):
     """Source lengths up to 70 of 72 have room for 16 new tokens: they are in the decoder, not behind the text."""
+    rates = {"fp32_per_s": 1e11, "int8_per_s": 4e11, "bytes_per_s": 1e10}  # a busy machine's are not known
+    monkeypatch.setattr(stage, "measure_rates", lambda *_: rates)
     one = recipe(load={"p99_limit_ms": 5000, "rates": [2000], "seconds": 0.05, "backends": ["onnx_int8"]})
     stage.run(one)
     report = json.loads((tmp_path / "bench" / "report.json").read_text())
@@ -58,19 +60,18 @@ def test_the_whole_stage_writes_the_rows_that_decoders_have(recipe, tmp_path):
     assert [(row["backend"], row["sequence_length"]) for row in report["rows"]] == [
         (backend, length) for backend in backends for length in (8, 70)
     ]
-    settled = report["rates"].get("fp32_per_s") and report["rates"].get("bytes_per_s")  # else no limit is known
     for row in report["rows"]:
         assert row["status"] in ("ok", "unstable"), row
         if row["status"] == "ok":
             assert row["real_tokens_per_s"] == pytest.approx(row["samples_per_s"] * row["sequence_length"])
-            assert not settled or (row["limit_share"] > 0 and row["limit"] in ("memory", "compute"))
+            assert row["limit_share"] > 0 and row["limit"] in ("memory", "compute")
     assert [(row["backend"], row["prompt_tokens"], row["new_tokens"]) for row in report["decode"]] == [
         (backend, length, 16) for backend in backends for length in (8, 70)
     ]
     for row in report["decode"]:
         assert row["status"] in ("ok", "unstable"), row
         if row["status"] == "ok":
-            assert row["first_token_ms"] > 0 and (not settled or row["limit_share"] > 0)
+            assert row["first_token_ms"] > 0 and row["limit_share"] > 0
             whole_s = (row["first_token_ms"] + 15 * row["token_ms"]) / 1e3
             assert row["tokens_per_s"] == pytest.approx(2 * 16 / whole_s)
     sizes = {row["backend"]: row["file_mib"] for row in report["rows"]}

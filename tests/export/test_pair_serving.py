@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 import torch
@@ -18,6 +19,7 @@ from export import pack, serve
 from export.engine_files import Place, plan_name, write_manifest
 from export.files import hashes
 from export.io_spec import read_spec
+from export.merged import merge
 from export.triton_image import triton_image
 from tests.export.conftest import MAX_LENGTH, PAIR_GATES, build_tokenizer, free_ports
 from tests.export.test_answers import Tensor, call
@@ -181,6 +183,21 @@ def test_the_answer_is_the_text_that_transformers_generates(name, packed_pairs, 
     assert 1 < len(seen) <= NEW and set(seen) == {(f"{name}_decoder", (3, 1))}
     with pytest.raises(RuntimeError, match=f"{name}_decoder: "):  # the decoder's own words
         call(models / f"{name}_answer", tensors | {"present.0.encoder.key": tensors["present.0.encoder.key"][:, :, 1:]})
+
+
+def test_a_folder_for_transformers_js_with_other_numbers_is_not_packed(recipe_of, monkeypatch, tmp_path):
+    def faulty(files, spec, encoder, decoder):
+        merge(files, spec, encoder, decoder)
+        model = onnx.load(decoder)
+        weight = next(one for one in model.graph.initializer if one.name.startswith("encoded/") and len(one.dims) == 2)
+        moved = onnx.numpy_helper.to_array(weight) * np.float32(1.01)
+        weight.CopyFrom(onnx.numpy_helper.from_array(moved, weight.name))
+        onnx.save(model, decoder)
+
+    monkeypatch.setattr(pack, "merge", faulty)
+    with pytest.raises(GateFailed, match="t5 fp32 for transformers.js: .* of decoder_model_merged.onnx is off by"):
+        pack.run(recipe_of(tmp_path, "t5"))
+    assert not list((tmp_path / "pack").iterdir())
 
 
 def test_more_tokens_than_the_model_writes_are_refused(recipe_of, tmp_path):

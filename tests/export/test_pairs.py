@@ -70,7 +70,7 @@ def test_each_form_is_held_by_both_gates(name, exported_pair):
                               for what in ("encoder_parity", "parity", "quality")]  # fmt: skip
     exact, rounded = evidence["quality_fp32"], evidence["quality_int8"]
     assert exact["metrics"]["kept"] == pytest.approx(1.0, abs=1e-4) and exact["metrics"]["metric"] == "perplexity"
-    assert exact["metrics"]["kept_low"] - 1e-6 <= 1 <= exact["metrics"]["kept_high"] + 1e-6
+    assert [exact["metrics"][end] for end in ("kept_low", "kept_high")] == pytest.approx([1, 1], abs=1e-5)
     assert exact["thresholds"] == {"share": 0.95} and exact["metrics"]["sequences"] == 40
     assert rounded["metrics"]["kept"] >= 0.95
     assert rounded["file"] == "decoder_with_past_model_quantized.onnx"

@@ -80,7 +80,8 @@ def test_both_graphs_of_a_pair_are_compiled(name, model_folder):
         for ids in (np.full((2, 1), spec.start_id), np.array([[spec.start_id, 7, 8], [spec.start_id, 9, 10]])):
             feeds = inputs | {"decoder_input_ids": ids}
             for output, value in eager.run(feeds).items():
-                np.testing.assert_allclose(compiled.run(feeds)[output], value, rtol=1e-5, atol=1e-5, err_msg=output)
+                error = np.abs(compiled.run(feeds)[output] - value).max()
+                assert error <= max(1e-5, 2e-6 * np.abs(value).max()), output  # keys are as large as 7
 
 
 @pytest.mark.slow  # compiles C++

@@ -94,14 +94,18 @@ def test_a_row_is_masked_alike_alone_and_among_others(tokens_in_memory, tiny_tok
     draw = np.random.default_rng(1)
     texts = [draw.integers(5, 100, 126).tolist(), [7, 70, 8], [7, *[70] * 125], [4] * 126]
     rows = [PackedRows(tokens_in_memory([text]), Framing(128, False, 2, 3, 0), seed=0).row(0, 0) for text in texts]
+    bare = [[70, 71, *range(5, 60), *range(5, 60), *range(5, 21)], [70] * 128]  # no [CLS]: a word ends with its row
+    rows += [
+        PackedRows(tokens_in_memory([text]), Framing(128, False, None, None, 0), seed=0).row(0, 0) for text in bare
+    ]
     mask = masking(tiny_tokenizer, 0.15, whole_word, seed=3)
-    for order in ([0, 1, 2, 3], [3, 2, 1, 0], [2, 0], [3, 3]):
+    for order in ([0, 1, 2, 3], [3, 2, 1, 0], [2, 0], [3, 3], [4, 4, 5], [5, 4]):
         together = mask.apply(Row.stack([rows[at] for at in order]), [10 + at for at in order], [at for at in order])
         for place, at in enumerate(order):
             alone = apply(mask, rows[at], 10 + at, at)
             assert (together.input_ids[place] == alone.input_ids).all()
             assert (together.targets[place] == alone.targets).all()
-    assert [int((apply(mask, row, 0, 0).targets != NO_TARGET).sum()) for row in rows] == [19, 1, 19, 0]
+    assert [int((apply(mask, row, 0, 0).targets != NO_TARGET).sum()) for row in rows] == [19, 1, 19, 0, 19, 19]
 
 
 def test_every_token_is_a_target_and_a_replacement_equally_often(row, tiny_tokenizer):
