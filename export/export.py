@@ -150,7 +150,7 @@ def _write_graph(
     """Write one form of a graph; returns it opened, and the evidence that it passed its gates."""
     spec = gates.spec
     file, raw = partial / spec.file(variant), partial / spec.file("fp32")
-    made = make_variant(variant, raw, file, lambda: gates.calibration, settings.calibration)
+    made = make_variant(variant, raw, file, lambda: gates.calibration, settings.calibration, settings.provider)
     runner = open_onnx(file, usable_threads(), settings.provider)
     passed = gates.check(f"{name} {variant} ({file.name})", variant, file, runner)
     return runner, [proof | made for proof in passed]

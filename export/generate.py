@@ -17,6 +17,8 @@ from export.runners import CUDA_PROVIDER, TENSORRT_PROVIDER, OnnxRunner, Pair, R
 from export.tensorrt_runner import TensorRTRunner
 from trainer.errors import UserError
 
+# Tokens for which `InPlaceDecoder` makes room at once.
+_ROOM = 256
 # Where ONNX Runtime keeps a session's cache; any other provider keeps it on the CPU.
 _DEVICES = {CUDA_PROVIDER: "cuda", TENSORRT_PROVIDER: "cuda"}
 
@@ -127,6 +129,56 @@ class BoundDecoder:
         return logits.numpy()[:, 0 if whole else -1 :], presents
 
 
+@dataclass
+class _Buffers:
+    """A cache with room for so many tokens of each row, bound as what a step takes in and puts out."""
+
+    room: int
+    arrays: list[np.ndarray]
+    """Of `CacheLayout.past_names`, [B, heads, room, size]."""
+    binding: Any
+
+
+@dataclass(frozen=True)
+class InPlaceDecoder:
+    """ONNX Runtime, where a graph's past may be longer than it is: a step writes its keys and values after those before
+    it, and nothing is copied but when the room ends. A cache that went on may not be gone back to."""
+
+    runner: OnnxRunner
+    spec: IoSpec
+
+    def advance(
+        self, tokens: Mapping[str, np.ndarray], cache: _Buffers | None, whole: bool = False
+    ) -> tuple[np.ndarray, _Buffers]:
+        batch, total = tokens["attention_mask"].shape
+        if cache is None or cache.room < total:
+            cache = self._make_room(batch, total, cache)
+        for name, value in tokens.items():
+            cache.binding.bind_cpu_input(name, value)
+        cache.binding.bind_output("logits", "cpu")
+        self.runner.session.run_with_iobinding(cache.binding)
+        logits = next(iter(cache.binding.get_outputs())).numpy()
+        return logits[:, 0 if whole else -1 :], cache
+
+    def _make_room(self, batch: int, total: int, before: _Buffers | None) -> _Buffers:
+        from onnxruntime import OrtValue
+
+        layout = self.spec.cache
+        assert layout is not None
+        room = (total // _ROOM + 1) * _ROOM
+        shape = (batch, layout.heads, room, layout.head_size)
+        arrays = [np.empty(shape, dtype=np.float32) for _ in layout.past_names]
+        for array, old in zip(arrays, before.arrays if before else (), strict=False):
+            array[:, :, : old.shape[2]] = old
+        binding = self.runner.session.io_binding()
+        binding.bind_output("logits", "cpu")
+        for past, present, array in zip(layout.past_names, layout.present_names, arrays, strict=True):
+            value = OrtValue.ortvalue_from_numpy(array)
+            binding.bind_ortvalue_input(past, value)
+            binding.bind_ortvalue_output(present, value)
+        return _Buffers(room, arrays, binding)
+
+
 def decoder_of(runner: Runner, spec: IoSpec, encoded: Mapping[str, np.ndarray] | None = None) -> Decoder:
     """The decoder of a runner, on what an encoder put out, if there is one."""
     if isinstance(runner, TensorRTRunner) and spec.encoder is None:
@@ -135,6 +187,8 @@ def decoder_of(runner: Runner, spec: IoSpec, encoded: Mapping[str, np.ndarray] |
         return TorchDecoder(runner, spec, runner.tensors(encoded or {}))
     if not isinstance(runner, OnnxRunner):
         return CopyingDecoder(runner, spec, encoded or {})
+    if runner.room_in_past:
+        return InPlaceDecoder(runner, spec)
     from onnxruntime import OrtValue
 
     device = _device(runner)

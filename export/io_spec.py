@@ -55,6 +55,8 @@ TASKS |= dict.fromkeys(_PAIRS, "seq2seq_lm")
 _TOKEN_TYPES = ("bert",)
 # optimum's names of the two graphs of an encoder-decoder
 PAIR_STEMS = ("encoder_model", "decoder_with_past_model")
+# In a graph's metadata: the tensors of its past may be longer than the past is, and are then those of the present, too.
+ROOM_IN_PAST = "lmworks.room_in_past"
 # T5's positions are relative, without an end; it was trained on texts of so many tokens (Raffel et al. 2020).
 _T5_LENGTH = 512
 

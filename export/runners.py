@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 import psutil
 
-from export.io_spec import PAIR_STEMS, IoSpec, Port, graph_files, read_spec
+from export.io_spec import PAIR_STEMS, ROOM_IN_PAST, IoSpec, Port, graph_files, read_spec
 from trainer.errors import UserError
 from trainer.export_config import ENGINES, ONNX_FILES, Backend
 
@@ -42,9 +42,21 @@ class OnnxRunner:
     session: Any
     inputs: tuple[Port, ...]
     outputs: tuple[Port, ...]
+    room_in_past: bool = False
+    """Its attention is `fused_attention`'s."""
 
     def run(self, inputs: Mapping[str, np.ndarray]) -> Arrays:
         """All outputs for `inputs`; raises ONNX Runtime's error where the graph cannot take them."""
+        if not self.room_in_past:
+            return self._run(inputs)
+        (batch, new), total = inputs["input_ids"].shape, inputs["attention_mask"].shape[1]
+        if batch == 1 or new in (1, total):
+            return self._run(inputs)
+        # Several tokens after a past are what fused attention takes for one text only.
+        rows = [self._run({name: value[row : row + 1] for name, value in inputs.items()}) for row in range(batch)]
+        return {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
+
+    def _run(self, inputs: Mapping[str, np.ndarray]) -> Arrays:
         values = self.session.run(None, dict(inputs))
         return dict(zip((port.name for port in self.outputs), values, strict=True))
 
@@ -185,7 +197,8 @@ def open_onnx(path: Path, threads: int, provider: str = CPU_PROVIDER, profile: P
         ) from error
     if session.get_providers()[0] != provider:  # ONNX Runtime goes on with the CPU when another provider fails
         raise UserError(f"ONNX Runtime took {session.get_providers()[0]}", provider, "install the matching onnxruntime")
-    return OnnxRunner(session, _ports(session.get_inputs()), _ports(session.get_outputs()))
+    room = ROOM_IN_PAST in session.get_modelmeta().custom_metadata_map
+    return OnnxRunner(session, _ports(session.get_inputs()), _ports(session.get_outputs()), room)
 
 
 def require_provider(provider: str) -> None:

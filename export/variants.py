@@ -16,7 +16,7 @@ from export.fp8 import FEWEST_OPSET, round_products
 from export.io_spec import IoSpec
 from export.precision import lower, measure_ranges, overflowing
 from export.quantize import quantize_by_ranges, quantize_weights
-from export.runners import open_onnx, usable_threads
+from export.runners import CPU_PROVIDER, open_onnx, usable_threads
 from trainer.errors import UserError
 from trainer.export_config import Calibration, Export, Precision
 
@@ -61,18 +61,21 @@ def make_variant(
     file: Path,
     batches: Callable[[], list[dict[str, np.ndarray]]],
     settings: Calibration,
+    provider: str = CPU_PROVIDER,
 ) -> dict[str, Any]:
     """Write one form of graph `raw` to `file` ("fp32" is the raw graph itself); returns what is worth recording.
 
-    `batches` gives calibration's, where the form needs them.
+    `batches` gives calibration's, where the form needs them. The forms that only ONNX Runtime takes have the attention
+    that its CPU provider has, if `provider` is that one.
     """
+    fused = provider == CPU_PROVIDER
     if variant == "int8":
-        quantize(raw, file)
+        quantize(raw, file, fused)
     elif variant == "int8_static":
         quantize_by_ranges(raw, file, batches(), settings)
         return {"calibration": settings.model_dump()}
     elif variant == "int4":
-        quantize_weights(raw, file)
+        quantize_weights(raw, file, fused)
     elif variant == "fp16":
         kept = overflowing(raw, measure_ranges(raw, batches(), usable_threads()))
         lower(raw, file, "fp16", kept)

@@ -93,7 +93,7 @@ def _verify_graph(
     for variant, named in wanted.items():
         file = _form(exported, scratch, named.name)
         if file != named:
-            make_variant(variant, raw, file, lambda: gates.calibration, settings.calibration)
+            make_variant(variant, raw, file, lambda: gates.calibration, settings.calibration, settings.provider)
         row = {"model": name, "variant": variant, "file": file.name, "exported": file == named}
         row |= _held(functools.partial(_check_graph, settings, name, gates, variant, file))
         if bisect and not row["passed"]:

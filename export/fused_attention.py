@@ -1,0 +1,274 @@
+"""A decoder's attention as one node of ONNX Runtime's, GroupQueryAttention, which reads a cache where it lies and may
+write to it: the plain graph copies all keys and values of the past at each step, and with fewer heads of keys than of
+queries once more for each of these.
+Which forms take it is `variants`' business; who hands the same buffers in and out is `generate`'s.
+
+Names, types and axes of the graph stay as they are. What changes is that the length of the past is that of the mask
+less that of the tokens: the tensors of a past may be longer, and those of the present are the same ones then. The
+operator is ONNX Runtime's CPU provider's in fp32 (its CUDA provider has 16 bits alone); it takes several tokens after a
+past for one text only.
+"""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+from export.io_spec import ROOM_IN_PAST
+
+_TO_HEADS = [0, 2, 1, 3]  # [B, T, H, D] to [B, H, T, D], and back
+_LAST_TWO = [0, 1, 3, 2]
+_REPEATS = ("Unsqueeze", "Expand", "Reshape")  # of keys and values, for the heads of queries that share them
+_DOMAIN = "com.microsoft"
+
+
+class _Unlike(Exception):
+    """A graph is not what torch's exporter makes of scaled_dot_product_attention with a cache."""
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """The values that one layer's attention takes and gives."""
+
+    query: str
+    """[B, H, T, D], as `key` and `value` of the new tokens, with heads of their own."""
+    key: str
+    value: str
+    past: tuple[str, str]
+    present: tuple[str, str]
+    mask: str
+    """What is added to scores, [B, 1, T, P + T]: 0 or, where a query does not attend, the least number."""
+    scale: float
+    result: onnx.NodeProto
+    """The node that puts out [B, T, H * D]."""
+
+
+def fuse_attention(model: onnx.ModelProto) -> bool:
+    """Rewrite the graph in place; weights need not be loaded. False, and nothing is changed, if it has no cache of its
+    own or any of its layers looks otherwise than those that torch's exporter writes."""
+    work = _Graph(model.graph)
+    try:
+        layers = work.layers()
+    except _Unlike:
+        return False
+    if not layers:
+        return False
+    work.fuse(layers)
+    if all(one.domain != _DOMAIN for one in model.opset_import):
+        model.opset_import.append(helper.make_opsetid(_DOMAIN, 1))
+    model.metadata_props.add(key=ROOM_IN_PAST, value="true")
+    return True
+
+
+@dataclass
+class _Graph:
+    graph: onnx.GraphProto
+    front: list[onnx.NodeProto] = field(default_factory=list)
+    """Nodes to be put before all others."""
+
+    def __post_init__(self) -> None:
+        self.makers = {name: node for node in self.graph.node for name in node.output}
+        self.readers: dict[str, list[onnx.NodeProto]] = defaultdict(list)
+        for node in self.graph.node:
+            for name in node.input:
+                self.readers[name].append(node)
+        self.weights = {weight.name: weight for weight in self.graph.initializer}
+        self.shapes = {
+            value.name: [dim.dim_value for dim in value.type.tensor_type.shape.dim]
+            for value in (*self.graph.value_info, *self.graph.input)
+        }
+
+    def layers(self) -> list[_Layer]:
+        """All of them; raises _Unlike for the first that is another."""
+        inputs = {value.name for value in self.graph.input}
+        if not {"input_ids", "attention_mask"} <= inputs:  # of an encoder-decoder nothing tells the past's length
+            return []
+        keys = [value.name for value in self.graph.output if value.name.endswith(".key")]
+        found = [self._layer(name, f"{name.removesuffix('key')}value") for name in keys]
+        for layer in found:
+            for past in layer.past:  # whoever else reads it reads its shape alone
+                others = [node for node in self.readers[past] if node.op_type not in ("Concat", "Shape")]
+                if others or past not in inputs:
+                    raise _Unlike
+        return found
+
+    def _layer(self, key: str, value: str) -> _Layer:
+        joined = [self._made(name, "Concat") for name in (key, value)]
+        product = self._reader_through_repeats(value)
+        scores = self._made(self._without_nans(product.input[0]), "Softmax").input[0]
+        masked = self._made(scores, "Add")
+        queries, keys = self._made(masked.input[0], "MatMul").input
+        scaled_query, scaled_key = self._made(queries, "Mul"), self._made(keys, "Mul")
+        turned = self._made(scaled_key.input[0], "Transpose", _LAST_TWO)
+        if self._before_repeats(turned.input[0]) != key:
+            raise _Unlike
+        result = self._only_reader(self._only_reader(product.output[0], "Transpose", _TO_HEADS).output[0], "Reshape")
+        allowed = [self._number(name) for name in self._made(masked.input[1], "Where").input[1:]]
+        layer = _Layer(
+            query=scaled_query.input[0],
+            key=joined[0].input[1],
+            value=joined[1].input[1],
+            past=(joined[0].input[0], joined[1].input[0]),
+            present=(key, value),
+            mask=masked.input[1],
+            scale=self._number(scaled_query.input[1]) * self._number(scaled_key.input[1]),
+            result=result,
+        )
+        heads, key_heads, value_heads = map(self._heads, (layer.query, layer.key, layer.value))
+        fits = key_heads == value_heads and heads % key_heads == 0 and self._size(layer.query) % 8 == 0
+        # Minus infinity would leave a row of padding, which attends to nothing, without any number.
+        if not fits or allowed != [0.0, float(np.finfo(np.float32).min)]:
+            raise _Unlike
+        return layer
+
+    def fuse(self, layers: Sequence[_Layer]) -> None:
+        """Put the new nodes in place of those that made the results, and leave out what nobody reads any more."""
+        self._lengths()
+        fused = {id(layer.result): self._fused(index, layer) for index, layer in enumerate(layers)}
+        joins = {name for layer in layers for name in layer.present}
+        kept = [node for node in self.graph.node if not joins.intersection(node.output)]
+        nodes = [new for node in kept for new in fused.get(id(node), [node])]
+        read, needed = {value.name for value in self.graph.output}, []
+        for node in reversed(self.front + nodes):
+            if read.intersection(node.output):
+                read.update(node.input)
+                needed.append(node)
+        del self.graph.node[:]
+        self.graph.node.extend(reversed(needed))
+        for index, weight in reversed(list(enumerate(self.graph.initializer))):
+            if weight.name not in read:
+                del self.graph.initializer[index]
+
+    def _lengths(self) -> None:
+        """The lengths that the operator wants, and that of the past, from the mask and the tokens."""
+        one, first = self._constant("one", np.array([1], np.int32)), self._constant("first", np.array(0, np.int64))
+        total, new = (
+            self._own("Shape", "attention_mask", start=1, end=2),
+            self._own("Shape", "input_ids", start=1, end=2),
+        )
+        past, total_int32 = self._own("Sub", total, new), self._own("Cast", total, to=TensorProto.INT32)
+        self.total = self._own("Gather", total_int32, first)
+        rows = self._own("Shape", "input_ids", start=0, end=1)
+        self.last = self._own("Expand", self._own("Sub", total_int32, one), rows)
+        for node in self.graph.node:
+            if node.op_type == "Shape" and node.input[0].endswith((".key", ".value")):
+                span = {attribute.name: attribute.i for attribute in node.attribute}
+                if (span.get("start"), span.get("end")) == (2, 3):
+                    node.CopyFrom(helper.make_node("Identity", [past], node.output, name=node.name))
+
+    def _fused(self, index: int, layer: _Layer) -> list[onnx.NodeProto]:
+        """The operator, and before it what brings its inputs to [B, T, H * D]."""
+        nodes: list[onnx.NodeProto] = []
+        inputs = [self._flat(name, nodes) for name in (layer.query, layer.key, layer.value)]
+        split = self.makers.get(inputs[0])
+        if split is not None and split.op_type == "Split" and inputs == list(split.output):
+            inputs = [split.input[0], "", ""]
+        nodes.append(
+            helper.make_node(
+                "GroupQueryAttention",
+                [*inputs, *layer.past, self.last, self.total, "", "", "", layer.mask],
+                [layer.result.output[0], *layer.present],
+                name=f"attention_{index}",
+                domain=_DOMAIN,
+                num_heads=self._heads(layer.query),
+                kv_num_heads=self._heads(layer.key),
+                scale=layer.scale,
+            )
+        )
+        for name in ("pkg.torch.onnx.name_scopes", "pkg.torch.onnx.class_hierarchy"):
+            for entry in layer.result.metadata_props:
+                if entry.key == name:
+                    nodes[-1].metadata_props.add(key=name, value=entry.value)
+        return nodes
+
+    def _flat(self, name: str, nodes: list[onnx.NodeProto]) -> str:
+        """[B, T, H * D] of a value [B, H, T, D]: what it was made of, if nothing but its axes was changed since."""
+        turned = self.makers.get(name)
+        if turned is not None and turned.op_type == "Transpose" and _permutation(turned) == _TO_HEADS:
+            shaped = self.makers.get(turned.input[0])
+            if shaped is not None and shaped.op_type == "Reshape":
+                return shaped.input[0]
+        width = self._heads(name) * self._size(name)
+        shape = self._constant(f"width_{width}", np.array([0, 0, width], np.int64))
+        nodes += [
+            helper.make_node("Transpose", [name], [f"{name}_turned"], name=f"{name}_turn", perm=_TO_HEADS),
+            helper.make_node("Reshape", [f"{name}_turned", shape], [f"{name}_flat"], name=f"{name}_flatten"),
+        ]
+        return f"{name}_flat"
+
+    def _made(self, name: str, kind: str, permutation: list[int] | None = None) -> onnx.NodeProto:
+        """The node of this kind that makes a value."""
+        node = self.makers.get(name)
+        if node is None or node.op_type != kind or (permutation and _permutation(node) != permutation):
+            raise _Unlike
+        return node
+
+    def _only_reader(self, name: str, kind: str, permutation: list[int] | None = None) -> onnx.NodeProto:
+        readers = self.readers[name]
+        if len(readers) != 1 or readers[0].op_type != kind or (permutation and _permutation(readers[0]) != permutation):
+            raise _Unlike
+        return readers[0]
+
+    def _reader_through_repeats(self, name: str) -> onnx.NodeProto:
+        """The product by values, which may be repeated for it."""
+        while len(readers := self.readers[name]) == 1:
+            if readers[0].op_type == "MatMul" and readers[0].input[1] == name:
+                return readers[0]
+            if readers[0].op_type not in _REPEATS:
+                break
+            name = readers[0].output[0]
+        raise _Unlike
+
+    def _before_repeats(self, name: str) -> str:
+        while (node := self.makers.get(name)) is not None and node.op_type in _REPEATS:
+            name = node.input[0]
+        return name
+
+    def _without_nans(self, name: str) -> str:
+        """The value of which another one is a copy with 0 in place of NaN."""
+        node = self.makers.get(name)
+        if (
+            node is not None
+            and node.op_type == "Where"
+            and self._made(node.input[0], "IsNaN").input[0] == node.input[2]
+        ):
+            return node.input[2]
+        return name
+
+    def _number(self, name: str) -> float:
+        weight = self.weights.get(name)
+        if weight is None or weight.dims:
+            raise _Unlike
+        return float(numpy_helper.to_array(weight))
+
+    def _heads(self, name: str) -> int:
+        return self._fixed_axis(name, 1)
+
+    def _size(self, name: str) -> int:
+        return self._fixed_axis(name, 3)
+
+    def _fixed_axis(self, name: str, axis: int) -> int:
+        shape = self.shapes.get(name, [])
+        if len(shape) != 4 or not shape[axis]:
+            raise _Unlike
+        return shape[axis]
+
+    def _constant(self, name: str, value: np.ndarray) -> str:
+        name = f"attention_{name}"
+        if name not in self.weights:
+            self.weights[name] = numpy_helper.from_array(np.asarray(value), name)
+            self.graph.initializer.append(self.weights[name])
+        return name
+
+    def _own(self, kind: str, *inputs: str, **attributes: Any) -> str:
+        output = f"attention_{kind.lower()}_{len(self.front)}"
+        self.front.append(helper.make_node(kind, inputs, [output], name=output, **attributes))
+        return output
+
+
+def _permutation(node: onnx.NodeProto) -> list[int]:
+    return next((list(one.ints) for one in node.attribute if one.name == "perm"), [])

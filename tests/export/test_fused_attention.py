@@ -1,0 +1,179 @@
+"""Attention as ONNX Runtime's own node: the same model at every depth of its cache, which may have room to spare."""
+
+from collections import Counter
+
+import numpy as np
+import onnx
+import pytest
+from onnx import helper, numpy_helper
+
+from export import generate as generation
+from export.cache import cache_cases
+from export.cases import make_cases
+from export.fused_attention import fuse_attention
+from export.generate import InPlaceDecoder, Sampling, decoder_of, generate
+from export.io_spec import read_spec
+from export.parity import check_parity
+from export.runners import CPU_PROVIDER, CUDA_PROVIDER, open_onnx, open_torch
+from export.variants import make_variant
+from tests.export.test_generate import NEW, PROMPTS, SEEDS, of_transformers
+from trainer.errors import GateFailed
+from trainer.export_config import Calibration, Parity
+
+FP32 = Parity().fp32
+DECODERS = ["gpt2", "llama", "mistral", "qwen2", "qwen3"]  # the same heads of keys as of queries, and fewer; a window
+
+
+@pytest.fixture
+def fused(raw_graph, tmp_path):
+    """Gives the fused fp32 graph of a tiny model, in a file."""
+
+    def give(name, seed=0):
+        model = onnx.load(raw_graph(name, seed))
+        assert fuse_attention(model)
+        onnx.save(model, tmp_path / f"{name}.onnx")
+        onnx.checker.check_model(str(tmp_path / f"{name}.onnx"), full_check=True)
+        return tmp_path / f"{name}.onnx"
+
+    return give
+
+
+def gate(name, path, model_folder, documents):
+    """The fp32 parity gate, cache cases included, on a file."""
+    spec, source = read_spec(model_folder(name)), open_torch(model_folder(name), 1)
+    cases = make_cases(documents, spec, Parity().shapes, longest=1024) + cache_cases(documents, spec, source, 1024)
+    expected = [source.run(case.inputs) for case in cases]
+    return check_parity(name, spec, open_onnx(path, 1), cases, expected, FP32)
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_it_is_the_same_model(name, model_folder, raw_graph, fused, documents):
+    """Left and right padding, one new token and several after a past, 64 steps; under fp32's gate."""
+    path = fused(name)
+    assert gate(name, path, model_folder, documents)["metrics"]["relative_rms"] < 2e-6
+    plain, graph = onnx.load(raw_graph(name)).graph, onnx.load(path).graph
+    counts = Counter(node.op_type for node in graph.node)
+    assert counts["GroupQueryAttention"] == 2 and not counts["Softmax"] and not counts["IsNaN"]
+    faces = [[str(port) for port in (*each.input, *each.output)] for each in (plain, graph)]
+    assert faces[0] == faces[1]
+    read = {name for node in graph.node for name in node.input}
+    assert {weight.name for weight in graph.initializer} <= read
+    pasts = {value.name for value in graph.input if value.name.startswith("past")}
+    copied = [
+        node.name for node in graph.node if node.op_type in ("Concat", "Expand") and pasts.intersection(node.input)
+    ]
+    assert not copied
+
+
+def test_queries_keys_and_values_of_one_product_are_taken_as_they_come(fused):
+    """GPT-2's are one product, which nothing splits any more; a Llama's are three, and turned by their positions."""
+    (gpt2, *_), (llama, *_) = (
+        [node for node in onnx.load(fused(name)).graph.node if node.op_type == "GroupQueryAttention"]
+        for name in ("gpt2", "llama")
+    )
+    assert list(gpt2.input[1:3]) == ["", ""] and all(llama.input[:3])
+    heads = [{one.name: one.i for one in node.attribute if one.name.endswith("heads")} for node in (gpt2, llama)]
+    assert heads == [{"num_heads": 4, "kv_num_heads": 4}, {"num_heads": 4, "kv_num_heads": 2}]
+
+
+def swap_layers(graph):
+    layers = [node for node in graph.node if node.op_type == "GroupQueryAttention"]
+    for place in (3, 4):
+        first, second = (node.input[place] for node in layers)
+        layers[0].input[place], layers[1].input[place] = second, first
+
+
+def write_one_early(graph):
+    one = next(weight for weight in graph.initializer if weight.name == "attention_one")
+    one.CopyFrom(numpy_helper.from_array(np.array([2], np.int32), one.name))
+
+
+def ignore_padding(graph):
+    for node in graph.node:
+        if node.op_type == "GroupQueryAttention":
+            node.input[10] = ""
+
+
+def scale_more(graph):
+    for node in graph.node:
+        for attribute in node.attribute:
+            if attribute.name == "scale":
+                attribute.f *= 1.01
+
+
+@pytest.mark.parametrize("fault", [swap_layers, write_one_early, ignore_padding, scale_more])
+def test_a_fault_is_caught(fault, model_folder, fused, documents):
+    path = fused("llama")
+    model = onnx.load(path)
+    fault(model.graph)
+    onnx.save(model, path)
+    with pytest.raises(GateFailed):
+        gate("llama", path, model_folder, documents)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+@pytest.mark.parametrize("room", [256, 4])
+def test_text_in_place_is_that_of_transformers(name, room, model_folder, fused, monkeypatch):
+    """Token by token, with room for all of it, and where the room ends again and again."""
+    monkeypatch.setattr(generation, "_ROOM", room)
+    folder = model_folder(name, SEEDS[name])
+    runner, spec = open_onnx(fused(name, SEEDS[name]), 1), read_spec(folder)
+    assert isinstance(decoder_of(runner, spec), InPlaceDecoder)
+    for prompts in (PROMPTS, PROMPTS[:1]):
+        assert generate(runner, spec, prompts, Sampling(NEW)) == of_transformers(folder, prompts).tolist()
+
+
+def test_a_step_writes_behind_what_is_there(model_folder, fused):
+    """No key and no value moves: the same memory before and after, of which a step changes one token's place."""
+    spec, runner = read_spec(model_folder("llama")), open_onnx(fused("llama"), 1)
+    decoder, mask = InPlaceDecoder(runner, spec), np.ones((1, 3), dtype=np.int64)
+    _, cache = decoder.advance(spec.token_feeds(np.array([[4, 5, 6]]), mask), None)
+    for array in cache.arrays:
+        array[:, :, 3:] = 7.0
+    before, places = [array.copy() for array in cache.arrays], [array.ctypes.data for array in cache.arrays]
+    feeds = spec.token_feeds(np.array([[9]]), np.ones((1, 4), dtype=np.int64))
+    _, after = decoder.advance(feeds, cache)
+    assert after is cache and [array.ctypes.data for array in after.arrays] == places
+    for old, new in zip(before, after.arrays, strict=True):
+        changed = np.unique(np.nonzero(old != new)[2])
+        assert changed.tolist() == [3]
+
+
+def test_what_has_no_cache_of_its_own_stays_as_it_is(raw_graph):
+    model = onnx.load(raw_graph("bert"))
+    before = model.SerializeToString()
+    assert not fuse_attention(model) and model.SerializeToString() == before
+
+
+def other_mask(graph, softmax):
+    """An addition that no exporter writes: the mask is not looked for behind it."""
+    graph.node.insert(
+        list(graph.node).index(softmax), helper.make_node("Neg", [softmax.input[0]], ["negated"], name="planted")
+    )
+    softmax.input[0] = "negated"
+
+
+def other_reader(graph, softmax):
+    """Somebody else reads a past's numbers, which may be followed by others."""
+    name = next(value.name for value in graph.input if value.name.startswith("past"))
+    graph.node.append(helper.make_node("Neg", [name], ["negated"], name="planted"))
+
+
+@pytest.mark.parametrize("change", [other_mask, other_reader])
+def test_what_is_not_known_stays_as_it_is(change, raw_graph):
+    """In the last layer, so that the others alone would fit."""
+    model = onnx.load(raw_graph("gpt2"))
+    change(model.graph, [node for node in model.graph.node if node.op_type == "Softmax"][-1])
+    before = model.SerializeToString()
+    assert not fuse_attention(model) and model.SerializeToString() == before
+
+
+@pytest.mark.parametrize(("provider", "fused_nodes"), [(CPU_PROVIDER, 2), (CUDA_PROVIDER, 0)])
+@pytest.mark.parametrize("variant", ["int8", "int4"])
+def test_the_forms_that_take_it(variant, provider, fused_nodes, raw_graph, tmp_path):
+    """CUDA's provider has no such node in fp32. What TensorRT and others read keeps to standard operators."""
+    file = tmp_path / "form.onnx"
+    make_variant(variant, raw_graph("gpt2"), file, list, Calibration(), provider)
+    nodes = onnx.load(file).graph.node
+    assert sum(node.op_type == "GroupQueryAttention" for node in nodes) == fused_nodes
+    assert open_onnx(file, 1).room_in_past == bool(fused_nodes)
