@@ -13,8 +13,8 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 from onnx.external_data_helper import load_external_data_for_tensor, uses_external_data
 
+from export.decoding_graph import for_decoding
 from export.files import save_graph
-from export.fused_attention import fuse_attention
 
 # 7-bit weights: x86 CPUs without VNNI add pairs of products in 16 bits, which 8-bit weights overflow (ONNX Runtime's
 # documentation, "Quantize ONNX models"). A model travels to CPUs that nobody tested, and the price is small:
@@ -25,7 +25,7 @@ _LARGEST_ENTRY = 255  # of an embedding table, which is not multiplied
 
 def quantize(raw: Path, quantized: Path, fused: bool = False) -> None:
     """Write an int8 form of graph `raw`: weights of MatMul by output channel, embedding tables whole; `fused`: with
-    `fused_attention`, which is for decoding, otherwise of standard operators.
+    `decoding_graph`, which is for decoding, otherwise of standard operators.
 
     Fusing attention without a cache (`onnxscript.rewriter.ort_fusions`) was measured and gains nothing: ONNX Runtime
     fuses the rest itself when it loads. Medians in interleaved windows, 2 threads: BERT-base 1 x 128 50.8 ms as here
@@ -33,7 +33,7 @@ def quantize(raw: Path, quantized: Path, fused: bool = False) -> None:
     """
     model = onnx.load(raw, load_external_data=False)
     if fused:
-        fuse_attention(model)
+        for_decoding(model)
     graph = model.graph
     work = _Quantizing(graph, raw.parent)
     for node in list(graph.node):

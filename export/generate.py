@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from export.device_cache import DeviceDecoder
-from export.io_spec import IoSpec
+from export.io_spec import LOGITS_TO_KEEP, IoSpec
 from export.runners import CUDA_PROVIDER, TENSORRT_PROVIDER, OnnxRunner, Pair, Runner, TorchRunner
 from export.tensorrt_runner import TensorRTRunner
 from trainer.errors import UserError
@@ -153,12 +153,13 @@ class InPlaceDecoder:
         batch, total = tokens["attention_mask"].shape
         if cache is None or cache.room < total:
             cache = self._make_room(batch, total, cache)
-        for name, value in tokens.items():
-            cache.binding.bind_cpu_input(name, value)
+        from onnxruntime import OrtValue
+
+        for name, value in (*tokens.items(), (LOGITS_TO_KEEP, np.array([0 if whole else 1]))):
+            cache.binding.bind_ortvalue_input(name, OrtValue.ortvalue_from_numpy(value))
         cache.binding.bind_output("logits", "cpu")
         self.runner.session.run_with_iobinding(cache.binding)
-        logits = next(iter(cache.binding.get_outputs())).numpy()
-        return logits[:, 0 if whole else -1 :], cache
+        return cache.binding.get_outputs()[0].numpy(), cache
 
     def _make_room(self, batch: int, total: int, before: _Buffers | None) -> _Buffers:
         from onnxruntime import OrtValue

@@ -57,6 +57,8 @@ _TOKEN_TYPES = ("bert",)
 PAIR_STEMS = ("encoder_model", "decoder_with_past_model")
 # In a graph's metadata: the tensors of its past may be longer than the past is, and are then those of the present, too.
 ROOM_IN_PAST = "lmworks.room_in_past"
+# An input of such a graph that may be left out: how many of the last tokens' logits are wanted, 0: all.
+LOGITS_TO_KEEP = "num_logits_to_keep"
 # T5's positions are relative, without an end; it was trained on texts of so many tokens (Raffel et al. 2020).
 _T5_LENGTH = 512
 

@@ -23,8 +23,8 @@ from onnxruntime.quantization import (
 )
 from onnxruntime.quantization.quantize import save_tensors_data
 
+from export.decoding_graph import for_decoding
 from export.files import data_file, save_graph
-from export.fused_attention import fuse_attention
 from trainer.export_config import Calibration
 
 # Type the quantizer assumes where its shape inference knows nothing.
@@ -86,7 +86,7 @@ def quantize_by_ranges(
 
 def quantize_weights(raw: Path, quantized: Path, fused: bool = False) -> None:
     """Write a form whose products take int4 weights in blocks of 64 and int8 activations (MatMulNBits); `fused`: with
-    `fused_attention`.
+    `decoding_graph`.
 
     It pays where weights must be read for few tokens, in decoding: GPT-2 124M, 2 threads, 273 tokens/s (206 with blocks
     of 32) against 166 with int8 and 56 in fp32. At 128 tokens it is slower than int8 (BERT-base: 108 ms against 45).
@@ -116,7 +116,7 @@ def quantizable(raw: Path, fused: bool = False) -> onnx.ModelProto:
     """The raw graph as quantizers take it: heads untied, and without shapes that contradict their own inference."""
     graph = onnx.load(raw)
     if fused:
-        fuse_attention(graph)
+        for_decoding(graph)
     untie(graph)
     del graph.graph.value_info[:]
     return graph

@@ -43,7 +43,7 @@ class OnnxRunner:
     inputs: tuple[Port, ...]
     outputs: tuple[Port, ...]
     room_in_past: bool = False
-    """Its attention is `fused_attention`'s."""
+    """Its attention is `decoding_graph`'s."""
 
     def run(self, inputs: Mapping[str, np.ndarray]) -> Arrays:
         """All outputs for `inputs`; raises ONNX Runtime's error where the graph cannot take them."""

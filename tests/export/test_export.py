@@ -72,16 +72,33 @@ def test_every_architecture_passes_the_gate_and_is_described(name, model_folder,
     assert not (target / "model.safetensors").exists()
 
 
+@pytest.fixture
+def as_loaded(model_folder, tmp_path):
+    """Gives the nodes that ONNX Runtime makes of a tiny model's graph."""
+
+    def give(name):
+        folder = model_folder(name)
+        spec, raw, loaded = read_spec(folder), tmp_path / "model.onnx", tmp_path / "loaded.onnx"
+        export_graph(load_model(folder, spec), spec, raw, 20)
+        options = onnxruntime.SessionOptions()
+        options.optimized_model_filepath = str(loaded)
+        onnxruntime.InferenceSession(raw, options, providers=["CPUExecutionProvider"])
+        return onnx.load(loaded).graph.node
+
+    return give
+
+
+@pytest.mark.parametrize(("name", "norms"), [("llama", 5), ("qwen3", 9), ("t5", 7)])
+def test_a_norm_by_the_root_mean_square_is_one_node(name, norms, as_loaded):
+    """Two a layer and the last; with Qwen3 those of queries and keys; of T5's decoder three a layer."""
+    kinds = [node.op_type for node in as_loaded(name)]
+    assert sum("SimplifiedLayerNormalization" in kind for kind in kinds) == norms and "Sqrt" not in kinds
+
+
 @pytest.mark.parametrize("name", ["gpt2", "llama", "t5"])
-def test_no_key_is_copied_to_be_multiplied(name, model_folder, tmp_path):
+def test_no_key_is_copied_to_be_multiplied(name, as_loaded):
     """Of a cache: ONNX Runtime takes the transpose into the product."""
-    folder = model_folder(name)
-    spec, raw, fused = read_spec(folder), tmp_path / "model.onnx", tmp_path / "fused.onnx"
-    export_graph(load_model(folder, spec), spec, raw, 20)
-    options = onnxruntime.SessionOptions()
-    options.optimized_model_filepath = str(fused)
-    onnxruntime.InferenceSession(raw, options, providers=["CPUExecutionProvider"])
-    nodes = onnx.load(fused).graph.node
+    nodes = as_loaded(name)
     turned = [
         {one.name: list(one.ints) for one in node.attribute}["perm"] for node in nodes if node.op_type == "Transpose"
     ]

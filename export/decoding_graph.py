@@ -1,12 +1,13 @@
-"""A decoder's attention as one node of ONNX Runtime's, GroupQueryAttention, which reads a cache where it lies and may
-write to it: the plain graph copies all keys and values of the past at each step, and with fewer heads of keys than of
-queries once more for each of these.
+"""A decoder's graph as ONNX Runtime's CPU provider generates with it.
+
+Attention is one node, GroupQueryAttention, which reads a cache where it lies and may write to it: the plain graph
+copies all keys and values of the past at each step, and with fewer heads of keys than of queries once more for each of
+these. Logits are made of as many of the last tokens as the caller names, of all by default.
 Which forms take it is `variants`' business; who hands the same buffers in and out is `generate`'s.
 
-Names, types and axes of the graph stay as they are. What changes is that the length of the past is that of the mask
-less that of the tokens: the tensors of a past may be longer, and those of the present are the same ones then. The
-operator is ONNX Runtime's CPU provider's in fp32 (its CUDA provider has 16 bits alone); it takes several tokens after a
-past for one text only.
+Names, types and axes of inputs and outputs stay as they are. What changes is that the length of the past is that of the
+mask less that of the tokens: the tensors of a past may be longer, and those of the present are the same ones then. The
+node is the CPU provider's in fp32 (CUDA's has 16 bits alone), and takes several tokens after a past for one text only.
 """
 
 from collections import defaultdict
@@ -18,7 +19,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from export.io_spec import ROOM_IN_PAST
+from export.io_spec import LOGITS_TO_KEEP, ROOM_IN_PAST
 
 _TO_HEADS = [0, 2, 1, 3]  # [B, T, H, D] to [B, H, T, D], and back
 _LAST_TWO = [0, 1, 3, 2]
@@ -47,8 +48,8 @@ class _Layer:
     """The node that puts out [B, T, H * D]."""
 
 
-def fuse_attention(model: onnx.ModelProto) -> bool:
-    """Rewrite the graph in place; weights need not be loaded. False, and nothing is changed, if it has no cache of its
+def for_decoding(model: onnx.ModelProto) -> bool:
+    """Rewrite a model in place; weights need not be loaded. False, and nothing is changed, if it has no cache of its
     own or any of its layers looks otherwise than those that torch's exporter writes."""
     work = _Graph(model.graph)
     try:
@@ -58,6 +59,7 @@ def fuse_attention(model: onnx.ModelProto) -> bool:
     if not layers:
         return False
     work.fuse(layers)
+    _keep_logits_on_request(model.graph)
     if all(one.domain != _DOMAIN for one in model.opset_import):
         model.opset_import.append(helper.make_opsetid(_DOMAIN, 1))
     model.metadata_props.add(key=ROOM_IN_PAST, value="true")
@@ -268,6 +270,22 @@ class _Graph:
         output = f"attention_{kind.lower()}_{len(self.front)}"
         self.front.append(helper.make_node(kind, inputs, [output], name=output, **attributes))
         return output
+
+
+def _keep_logits_on_request(graph: onnx.GraphProto) -> None:
+    """Give the product that puts out logits the last tokens only, if there are any: their number is an input that need
+    not be given, as it has a value, 0 for all of them. Name and meaning are transformers.js's."""
+    place, product = next((index, node) for index, node in enumerate(graph.node) if "logits" in node.output)
+    numbers = {LOGITS_TO_KEEP: [0], "logits_end": [np.iinfo(np.int64).max], "logits_axis": [1]}
+    for name, value in numbers.items():
+        graph.initializer.append(numpy_helper.from_array(np.array(value, np.int64), name))
+    graph.input.append(helper.make_tensor_value_info(LOGITS_TO_KEEP, TensorProto.INT64, [1]))
+    first = helper.make_node("Neg", [LOGITS_TO_KEEP], ["logits_first"], name="logits_first")
+    ends = [product.input[0], "logits_first", "logits_end", "logits_axis"]
+    kept = helper.make_node("Slice", ends, ["logits_of"], name="logits_of")
+    product.input[0] = "logits_of"
+    for node in (kept, first):
+        graph.node.insert(place, node)
 
 
 def _permutation(node: onnx.NodeProto) -> list[int]:

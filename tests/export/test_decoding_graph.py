@@ -1,4 +1,4 @@
-"""Attention as ONNX Runtime's own node: the same model at every depth of its cache, which may have room to spare."""
+"""A graph for decoding: the same model at every depth of its cache, which may have room to spare, and fewer logits."""
 
 from collections import Counter
 
@@ -10,7 +10,7 @@ from onnx import helper, numpy_helper
 from export import generate as generation
 from export.cache import cache_cases
 from export.cases import make_cases
-from export.fused_attention import fuse_attention
+from export.decoding_graph import for_decoding
 from export.generate import InPlaceDecoder, Sampling, decoder_of, generate
 from export.io_spec import read_spec
 from export.parity import check_parity
@@ -30,7 +30,7 @@ def fused(raw_graph, tmp_path):
 
     def give(name, seed=0):
         model = onnx.load(raw_graph(name, seed))
-        assert fuse_attention(model)
+        assert for_decoding(model)
         onnx.save(model, tmp_path / f"{name}.onnx")
         onnx.checker.check_model(str(tmp_path / f"{name}.onnx"), full_check=True)
         return tmp_path / f"{name}.onnx"
@@ -54,8 +54,10 @@ def test_it_is_the_same_model(name, model_folder, raw_graph, fused, documents):
     plain, graph = onnx.load(raw_graph(name)).graph, onnx.load(path).graph
     counts = Counter(node.op_type for node in graph.node)
     assert counts["GroupQueryAttention"] == 2 and not counts["Softmax"] and not counts["IsNaN"]
-    faces = [[str(port) for port in (*each.input, *each.output)] for each in (plain, graph)]
-    assert faces[0] == faces[1]
+    before, after = ([str(port) for port in (*each.input, *each.output)] for each in (plain, graph))
+    assert [port for port in after if "num_logits_to_keep" not in port] == before
+    opened = [open_onnx(each, 1) for each in (raw_graph(name), path)]
+    assert opened[0].inputs == opened[1].inputs and opened[0].outputs == opened[1].outputs
     read = {name for node in graph.node for name in node.input}
     assert {weight.name for weight in graph.initializer} <= read
     pasts = {value.name for value in graph.input if value.name.startswith("past")}
@@ -139,10 +141,25 @@ def test_a_step_writes_behind_what_is_there(model_folder, fused):
         assert changed.tolist() == [3]
 
 
+def test_logits_are_those_of_as_many_tokens_as_are_asked_for(model_folder, fused):
+    """All without asking; a tied table of words and a padded row included."""
+    spec, runner = read_spec(model_folder("gpt2")), open_onnx(fused("gpt2"), 1)
+    inputs = spec.feeds(np.array([[4, 5, 6], [0, 8, 9]]), np.array([[1, 1, 1], [0, 1, 1]]))
+    whole = runner.run(inputs)["logits"]
+    assert whole.shape[1] == 3
+    for kept in (1, 2, 0):
+        (some,) = runner.session.run(["logits"], inputs | {"num_logits_to_keep": np.array([kept])})
+        np.testing.assert_allclose(some, whole[:, -kept:], atol=1e-6)
+    decoder = InPlaceDecoder(runner, spec)
+    feeds = {name: inputs[name] for name in ("input_ids", "attention_mask", "position_ids")}
+    for whole_wanted, expected in ((False, whole[:, -1:]), (True, whole)):
+        np.testing.assert_allclose(decoder.advance(feeds, None, whole_wanted)[0], expected, atol=1e-6)
+
+
 def test_what_has_no_cache_of_its_own_stays_as_it_is(raw_graph):
     model = onnx.load(raw_graph("bert"))
     before = model.SerializeToString()
-    assert not fuse_attention(model) and model.SerializeToString() == before
+    assert not for_decoding(model) and model.SerializeToString() == before
 
 
 def other_mask(graph, softmax):
@@ -165,7 +182,7 @@ def test_what_is_not_known_stays_as_it_is(change, raw_graph):
     model = onnx.load(raw_graph("gpt2"))
     change(model.graph, [node for node in model.graph.node if node.op_type == "Softmax"][-1])
     before = model.SerializeToString()
-    assert not fuse_attention(model) and model.SerializeToString() == before
+    assert not for_decoding(model) and model.SerializeToString() == before
 
 
 @pytest.mark.parametrize(("provider", "fused_nodes"), [(CPU_PROVIDER, 2), (CUDA_PROVIDER, 0)])
