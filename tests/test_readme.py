@@ -135,26 +135,35 @@ def latency_figures():
         for row in result[head]["rows"]
     }
     masked = {key[1:]: row for key, row in rows.items() if key[0] == "BertForMaskedLM"}
-    teacher, student = masked["teacher", "eager"], masked["student", "onnx_int8"]
+    student = masked["student", "onnx_int8"]
     other, classifier = masked["teacher", "onnx_int8"], rows["BertForSequenceClassification", "student", "onnx_int8"]
     shipped = Parity().int8
     passing = [holds_under(row["parity"], shipped) for row in (student, other, classifier)]
     assert passing == [True, False, False], "what passes the shipped gate is not what README says"
     batch = result["BertForMaskedLM"]["input_of_rows_paragraphs"]
-    padded = {(row["model"], row["backend"]): row for row in result["BertForMaskedLM"]["rows_paragraphs"]}
-    slow, fast = padded["teacher", "eager"], padded["student", "onnx_int8"]
+    row, paragraphs = latencies("inference.json")
     return [
-        f"{teacher['median_ms']:.0f} ms against {student['median_ms']:.1f} ms, {speedup_of(student)} over "
-        f"{student['windows']} rounds)",
-        f"{batch['real_tokens']} tokens, padded to {batch['batch_size']} × {batch['sequence_length']} | "
-        f"{slow['median_ms']:.0f} ms against {fast['median_ms']:.0f} ms, {speedup_of(fast)} over "
-        f"{fast['windows']} rounds)",
+        row,
+        f"{batch['real_tokens']} tokens, padded to {batch['batch_size']} × {batch['sequence_length']} | {paragraphs} |",
+        "; ".join(latencies("inference-epyc.json")),
         f"relative_rms {student['parity']['relative_rms']:.3f}, top-1 {student['parity']['top1'] * 100:.1f} %",
         f"The teacher's does not (top-1 {other['parity']['top1'] * 100:.1f} %)",
         f"classification head (relative_rms {classifier['parity']['relative_rms']:.3f})",
         f"1 × {result['BertForMaskedLM']['input_of_rows']['sequence_length']} tokens, "
         f"{result['machine']['threads']} threads",
     ]
+
+
+def latencies(name):
+    """Of one full row, and of paragraphs."""
+    masked = json.loads((RESULTS / name).read_text())["BertForMaskedLM"]
+    said = []
+    for key, digits in (("rows", 1), ("rows_paragraphs", 0)):
+        rows = {(row["model"], row["backend"]): row for row in masked[key]}
+        slow, fast = rows["teacher", "eager"], rows["student", "onnx_int8"]
+        times = f"{slow['median_ms']:.0f} ms against {fast['median_ms']:.{digits}f} ms"
+        said.append(f"{times}, {speedup_of(fast)} over {fast['windows']} rounds)")
+    return said
 
 
 def speedup_of(row):
@@ -254,7 +263,7 @@ def test_measured_figures_are_those_of_the_committed_results():
 
 @pytest.mark.parametrize(
     ("right", "wrong"),
-    [("7.1×", "7.9×"), ("1.878", "1.868"), ("0.045", "0.035"), ("4.7×", "5.8×"), ("1.008×", "1.003×")],
+    [("7.1×", "7.9×"), ("1.878", "1.868"), ("0.044", "0.034"), ("4.7×", "5.8×"), ("1.008×", "1.003×")],
 )
 def test_a_changed_figure_is_noticed(right, wrong):
     assert right in measured_section()
