@@ -2,7 +2,8 @@
 
 Attention is one node, GroupQueryAttention, which reads a cache where it lies and may write to it: the plain graph
 copies all keys and values of the past at each step, and with fewer heads of keys than of queries once more for each of
-these. Logits are made of as many of the last tokens as the caller names, of all by default.
+these. Rotary positions are one node, too. Logits are made of as many of the last tokens as the caller names, of all by
+default.
 Which forms take it is `variants`' business; who hands the same buffers in and out is `generate`'s.
 
 Names, types and axes of inputs and outputs stay as they are. What changes is that the length of the past is that of the
@@ -66,11 +67,21 @@ def for_decoding(model: onnx.ModelProto) -> bool:
     return True
 
 
+@dataclass(frozen=True)
+class _Rotation:
+    value: str
+    """[B, H, T, D], before its positions turn it."""
+    angles: str
+    """[B, T, D / 2]."""
+
+
 @dataclass
 class _Graph:
     graph: onnx.GraphProto
     front: list[onnx.NodeProto] = field(default_factory=list)
     """Nodes to be put before all others."""
+    tabulated: set[str] = field(default_factory=set)
+    """Angles of which there are tables."""
 
     def __post_init__(self) -> None:
         self.makers = {name: node for node in self.graph.node for name in node.output}
@@ -188,19 +199,76 @@ class _Graph:
         return nodes
 
     def _flat(self, name: str, nodes: list[onnx.NodeProto]) -> str:
-        """[B, T, H * D] of a value [B, H, T, D]: what it was made of, if nothing but its axes was changed since."""
-        turned = self.makers.get(name)
-        if turned is not None and turned.op_type == "Transpose" and _permutation(turned) == _TO_HEADS:
-            shaped = self.makers.get(turned.input[0])
-            if shaped is not None and shaped.op_type == "Reshape":
-                return shaped.input[0]
-        width = self._heads(name) * self._size(name)
-        shape = self._constant(f"width_{width}", np.array([0, 0, width], np.int64))
-        nodes += [
-            helper.make_node("Transpose", [name], [f"{name}_turned"], name=f"{name}_turn", perm=_TO_HEADS),
-            helper.make_node("Reshape", [f"{name}_turned", shape], [f"{name}_flat"], name=f"{name}_flatten"),
-        ]
+        """[B, T, H * D] of a value [B, H, T, D], turned by its positions if that is how it was made."""
+        try:
+            rotation = self._rotation(name)
+        except _Unlike:
+            return self._unturned(name, nodes)
+        flat = self._unturned(rotation.value, nodes)
+        inputs = [flat, *self._tables(rotation.angles, nodes)]
+        nodes.append(
+            helper.make_node("RotaryEmbedding", inputs, [f"{name}_flat"], name=f"{name}_rotate", domain=_DOMAIN)
+        )
         return f"{name}_flat"
+
+    def _unturned(self, name: str, nodes: list[onnx.NodeProto]) -> str:
+        """[B, T, H * D] of a value [B, H, T, D]: what it was made of, if nothing but its axes was changed since."""
+        shape = self._constant(f"width_{self._heads(name)}", np.array([0, 0, self._heads(name) * self._size(name)]))
+        turn = self.makers.get(name)
+        if turn is not None and turn.op_type == "Transpose" and _permutation(turn) == _TO_HEADS:
+            before = turn.input[0]
+            reshape = self.makers.get(before)
+            if reshape is not None and reshape.op_type == "Reshape" and len(self.shapes[reshape.input[0]]) == 3:
+                return reshape.input[0]
+        else:
+            before = f"{name}_turned"
+            nodes.append(helper.make_node("Transpose", [name], [before], name=f"{name}_turn", perm=_TO_HEADS))
+        nodes.append(helper.make_node("Reshape", [before, shape], [f"{name}_unturned"], name=f"{name}_flatten"))
+        return f"{name}_unturned"
+
+    def _rotation(self, name: str) -> _Rotation:
+        """How a value came out of x * cos + (-x2, x1) * sin, x1 and x2 being the halves of x."""
+        plain, crossed = (self._made(one, "Mul") for one in self._made(name, "Add").input)
+        halves = self._made(crossed.input[0], "Concat").input
+        second, first = self._made(self._made(halves[0], "Neg").input[0], "Slice"), self._made(halves[1], "Slice")
+        value, size = plain.input[0], self._size(plain.input[0])
+        ends = [[self._integers(one) for one in node.input[1:]] for node in (first, second)]
+        upper = ends[1][1].pop()
+        if ends != [[[0], [size // 2], [3], [1]], [[size // 2], [], [3], [1]]] or upper < size:
+            raise _Unlike
+        angles = {self._angles(plain.input[1], "Cos"), self._angles(crossed.input[1], "Sin")}
+        if {first.input[0], second.input[0]} != {value} or len(angles) > 1:
+            raise _Unlike
+        return _Rotation(value, angles.pop())
+
+    def _angles(self, name: str, wave: str) -> str:
+        """What the cosine or sine of [B, 1, T, D] was made of: [B, T, D / 2], twice beside itself."""
+        unsqueezed = self._made(name, "Unsqueeze")
+        angles = self._made(self._made(unsqueezed.input[0], wave).input[0], "Concat").input
+        if (
+            self._integers(unsqueezed.input[1]) != [1]
+            or len(set(angles)) > 1
+            or len(self.shapes.get(angles[0], [])) != 3
+        ):
+            raise _Unlike
+        return angles[0]
+
+    def _tables(self, angles: str, nodes: list[onnx.NodeProto]) -> list[str]:
+        """A row for each token of the batch, which the operator looks up by position: [B, T] places in the tables, and
+        cosines and sines, [B * T, D / 2]. So there is no last position."""
+        names = [f"{angles}_{which}" for which in ("places", "cosines", "sines")]
+        if angles not in self.tabulated:
+            self.tabulated.add(angles)
+            shape = self._constant("table", np.array([-1, self.shapes[angles][2]]))
+            for kind, name in (("Cos", names[1]), ("Sin", names[2])):
+                nodes.append(helper.make_node(kind, [angles], [f"{name}_each"], name=f"{name}_each"))
+                nodes.append(helper.make_node("Reshape", [f"{name}_each", shape], [name], name=name))
+            none, one = (self._constant(name, np.array(value)) for name, value in (("none", 0), ("step", 1)))
+            count = self._own("Range", none, self._own("Size", "input_ids"), one)
+            self.front.append(
+                helper.make_node("Reshape", [count, self._own("Shape", "input_ids")], [names[0]], name=names[0])
+            )
+        return names
 
     def _made(self, name: str, kind: str, permutation: list[int] | None = None) -> onnx.NodeProto:
         """The node of this kind that makes a value."""
@@ -246,6 +314,12 @@ class _Graph:
         if weight is None or weight.dims:
             raise _Unlike
         return float(numpy_helper.to_array(weight))
+
+    def _integers(self, name: str) -> list[int]:
+        weight = self.weights.get(name)
+        if weight is None:
+            raise _Unlike
+        return numpy_helper.to_array(weight).tolist()
 
     def _heads(self, name: str) -> int:
         return self._fixed_axis(name, 1)

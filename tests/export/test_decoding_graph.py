@@ -54,6 +54,7 @@ def test_it_is_the_same_model(name, model_folder, raw_graph, fused, documents):
     plain, graph = onnx.load(raw_graph(name)).graph, onnx.load(path).graph
     counts = Counter(node.op_type for node in graph.node)
     assert counts["GroupQueryAttention"] == 2 and not counts["Softmax"] and not counts["IsNaN"]
+    assert counts["RotaryEmbedding"] == (0 if name == "gpt2" else 4) and not counts["Transpose"] - (name == "gpt2")
     before, after = ([str(port) for port in (*each.input, *each.output)] for each in (plain, graph))
     assert [port for port in after if "num_logits_to_keep" not in port] == before
     opened = [open_onnx(each, 1) for each in (raw_graph(name), path)]
@@ -103,7 +104,13 @@ def scale_more(graph):
                 attribute.f *= 1.01
 
 
-@pytest.mark.parametrize("fault", [swap_layers, write_one_early, ignore_padding, scale_more])
+def turn_the_other_way(graph):
+    for node in graph.node:
+        if node.op_type == "RotaryEmbedding":
+            node.input[2], node.input[3] = node.input[3], node.input[2]
+
+
+@pytest.mark.parametrize("fault", [turn_the_other_way, swap_layers, write_one_early, ignore_padding, scale_more])
 def test_a_fault_is_caught(fault, model_folder, fused, documents):
     path = fused("llama")
     model = onnx.load(path)
@@ -174,6 +181,21 @@ def other_reader(graph, softmax):
     """Somebody else reads a past's numbers, which may be followed by others."""
     name = next(value.name for value in graph.input if value.name.startswith("past"))
     graph.node.append(helper.make_node("Neg", [name], ["negated"], name="planted"))
+
+
+def test_positions_that_are_not_known_are_turned_as_before(raw_graph, model_folder, documents, tmp_path):
+    """Of one layer's keys, whose halves here are not halves: all else is fused, and the model stays the same."""
+    model = onnx.load(raw_graph("llama"))
+    joined = [node for node in model.graph.node if node.op_type == "Neg"][1]
+    planted = helper.make_node("Identity", [joined.output[0]], ["planted"], name="planted")
+    reader = next(node for node in model.graph.node if joined.output[0] in node.input)
+    reader.input[0] = "planted"
+    model.graph.node.insert(list(model.graph.node).index(reader), planted)
+    assert for_decoding(model)
+    onnx.save(model, tmp_path / "model.onnx")
+    kinds = Counter(node.op_type for node in model.graph.node)
+    assert kinds["RotaryEmbedding"] == 3 and kinds["GroupQueryAttention"] == 2
+    assert gate("llama", tmp_path / "model.onnx", model_folder, documents)
 
 
 @pytest.mark.parametrize("change", [other_mask, other_reader])
