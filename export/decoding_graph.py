@@ -14,13 +14,16 @@ node is the CPU provider's in fp32 (CUDA's has 16 bits alone), and takes several
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from export.files import save_graph
 from export.io_spec import LOGITS_TO_KEEP, ROOM_IN_PAST
+from trainer.errors import UserError
 
 _TO_HEADS = [0, 2, 1, 3]  # [B, T, H, D] to [B, H, T, D], and back
 _LAST_TWO = [0, 1, 3, 2]
@@ -47,6 +50,18 @@ class _Layer:
     scale: float
     result: onnx.NodeProto
     """The node that puts out [B, T, H * D]."""
+
+
+def write_fused(raw: Path, file: Path) -> None:
+    """Write the fp32 form of graph `raw`; UserError where `for_decoding` does not know its attention."""
+    model = onnx.load(raw)
+    if not for_decoding(model):
+        raise UserError(
+            f"the attention of {raw.name} is none that lmworks knows, so that there is no fp32_fused of it",
+            "a decoder as torch's exporter writes it",
+            "take fp32 for it",
+        )
+    save_graph(model, file)
 
 
 def for_decoding(model: onnx.ModelProto) -> bool:

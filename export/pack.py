@@ -82,8 +82,9 @@ def choose_variant(subject: Subject, wanted: str, device: str) -> Verified:
                 "add it to export.variants and export again, or pack another",
             )
         return subject.variants[wanted]
-    # bf16 does not run on the CPU, and fp8 is quicker than fp32 in an engine alone.
-    runs = [one for one in subject.variants.values() if one.variant not in ("fp8", *["bf16"] * (device == "cpu"))]
+    # fp8 is quicker than fp32 in an engine alone; bf16 does not run on the CPU, and fp32_fused nowhere else.
+    unfit = ("fp8", "bf16" if device == "cpu" else "fp32_fused")
+    runs = [one for one in subject.variants.values() if one.variant not in unfit]
     if not runs:
         only = ", ".join(subject.variants)
         raise UserError(f"{subject.folder} has {only} alone, which the {device} does not run", "another", "export one")

@@ -11,6 +11,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper
 
+from export.decoding_graph import write_fused
 from export.dynamic import quantize
 from export.fp8 import FEWEST_OPSET, round_products
 from export.io_spec import IoSpec
@@ -20,8 +21,9 @@ from export.runners import CPU_PROVIDER, open_onnx, usable_threads
 from trainer.errors import UserError
 from trainer.export_config import Calibration, Export, Precision
 
-# What `export.variants: auto` tries: ONNX Runtime rounds to fp8 and multiplies in fp32, so that it gains nothing there.
-TRIED: tuple[Precision, ...] = tuple(one for one in get_args(Precision) if one != "fp8")
+# What `export.variants: auto` tries: ONNX Runtime rounds to fp8 and multiplies in fp32, so that it gains nothing there;
+# fp32_fused has fp32's quality and size, and auto does not measure what it is for, steps with a cache.
+TRIED: tuple[Precision, ...] = tuple(one for one in get_args(Precision) if one not in ("fp8", "fp32_fused"))
 
 
 def check_variants(name: str, spec: IoSpec, settings: Export) -> None:
@@ -40,6 +42,12 @@ def check_variant(name: str, spec: IoSpec, variant: Precision, provider: str) ->
             f"there is no int4 of {name}, a {spec.architecture}",
             "a model that generates text: elsewhere int4 is slower than int8 and worse",
             "take int8 or int8_static for it",
+        )
+    if variant == "fp32_fused" and (spec.cache is None or spec.encoder or provider != CPU_PROVIDER):
+        raise UserError(
+            f"there is no fp32_fused of {name}, a {spec.architecture}, on {provider}",
+            f"a decoder without an encoder, and {CPU_PROVIDER}",
+            "take fp32 for it",
         )
     if variant == "bf16":
         check_bf16(provider)
@@ -69,7 +77,9 @@ def make_variant(
     that its CPU provider has, if `provider` is that one.
     """
     fused = provider == CPU_PROVIDER
-    if variant == "int8":
+    if variant == "fp32_fused":
+        write_fused(raw, file)
+    elif variant == "int8":
         quantize(raw, file, fused)
     elif variant == "int8_static":
         quantize_by_ranges(raw, file, batches(), settings)

@@ -41,7 +41,7 @@ _FOLDERS = {
 }
 _WORDS = {"prompts": "texts to go on from; without any, the lines of standard input"}
 GPU_NAMES = ("a100-40", "a100-80", "h100", "h200", "b200", "l40s", "rtx4090", "v100")  # planning.hardware's
-_FORMS = ("fp32", "fp16", "bf16", "int8", "int8_static", "int4", "fp8")  # export_config's Precision
+_FORMS = ("fp32", "fp32_fused", "fp16", "bf16", "int8", "int8_static", "int4", "fp8")  # export_config's Precision
 VERBS = {
     "run": Verb("trainer.chain", "run the whole chain of a recipe, skipping stages that are up to date"),
     "plan": Verb(

@@ -67,6 +67,7 @@ class Parity(Section):
     """Shapes and thresholds of the gate. Lengths 1 and the model's maximum are always tried."""
 
     fp32: Fp32Tolerance = Fp32Tolerance()
+    fp32_fused: Fp32Tolerance = Fp32Tolerance()
     fp16: Fp16Tolerance = Fp16Tolerance()
     bf16: Bf16Tolerance = Bf16Tolerance()
     int8: Int8Tolerance = Int8Tolerance()
@@ -111,9 +112,10 @@ class Calibration(Section):
     """The longest; others are halves of it, down to 1."""
 
 
-Precision = Literal["fp32", "fp16", "bf16", "int8", "int8_static", "int4", "fp8"]
+Precision = Literal["fp32", "fp32_fused", "fp16", "bf16", "int8", "int8_static", "int4", "fp8"]
 Backend = Literal[
-    "eager", "compile", "onnx_fp32", "onnx_fp16", "onnx_bf16", "onnx_int8", "onnx_int8_static", "onnx_int4",
+    "eager", "compile", "onnx_fp32", "onnx_fp32_fused", "onnx_fp16", "onnx_bf16", "onnx_int8", "onnx_int8_static",
+    "onnx_int4",
     "tensorrt_fp32", "tensorrt_fp16", "tensorrt_bf16", "tensorrt_int8_static", "tensorrt_fp8",
 ]  # fmt: skip
 # Engines of the `tensorrt` stage, by either library, to the variant whose graph they stand for.
@@ -127,6 +129,7 @@ ENGINES: dict[str, Precision] = {
 # Names that transformers.js looks for (its DEFAULT_DTYPE_SUFFIX_MAPPING), as far as it knows the precision.
 ONNX_FILES: dict[str, str] = {
     "onnx_fp32": "model.onnx",
+    "onnx_fp32_fused": "model_fused.onnx",
     "onnx_fp16": "model_fp16.onnx",
     "onnx_bf16": "model_bf16.onnx",
     "onnx_int8": "model_quantized.onnx",
@@ -153,11 +156,12 @@ class Export(Section):
     """Name to model folder; each is exported to `<run_dir>/export/<name>`. By default `teacher` (pretrain's) and
     `student` (distill's), as far as they exist."""
     variants: Variants = ("fp32", "int8")
-    """What is shipped; `fp32` is held first in any case. `int8` quantizes activations as they come, `int8_static` by
-    ranges from `calibration`; `int4` is weights only, for models that generate text. `bf16` needs a provider that runs
-    it. `fp8` is for TensorRT: ONNX Runtime rounds to it and multiplies in fp32. auto tries all the others that this
-    machine can run and keeps those that pass the gates and are not beaten by another in quality, latency and size at
-    once, beyond their noise."""
+    """What is shipped; `fp32` is held first in any case. `fp32_fused` is `fp32` in ONNX Runtime's own nodes, for
+    decoding on the CPU, in a file of its own, as `fp32` is what engines are built of. `int8` quantizes activations as
+    they come, `int8_static` by ranges from `calibration`; `int4` is weights only, for models that generate text. `bf16`
+    needs a provider that runs it. `fp8` is for TensorRT: ONNX Runtime rounds to it and multiplies in fp32. auto tries
+    all but that and `fp32_fused` that this machine can run, and keeps those that pass the gates and are not beaten by
+    another in quality, latency and size at once, beyond their noise."""
     provider: Literal["CPUExecutionProvider", "CUDAExecutionProvider"] = "CPUExecutionProvider"
     """ONNX Runtime's, on which the gates run."""
     calibration: Calibration = Calibration()

@@ -43,7 +43,7 @@ ROUNDS, MOST_ROUNDS, WINDOW_S = 6, 40, 1.0
 VOCABULARY = 30_522  # of the text; the model's own is 50,257
 SHIPPED = Parity()
 PARITY = LOOSE.model_copy(update={"int4": Int4Tolerance(relative_rms=0.5, min_top1=0.0)})
-VARIANTS = ("transformers", "onnx_fp32", "onnx_int8", "onnx_int4")
+VARIANTS = ("transformers", "onnx_fp32", "onnx_fp32_fused", "onnx_int8", "onnx_int4")
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         model = build_model(Path(scratch) / "model")
         documents = stdlib_documents(model)
-        settings = Export(parity=PARITY, quality=None, variants=("fp32", "int8", "int4"))
+        settings = Export(parity=PARITY, quality=None, variants=("fp32", "fp32_fused", "int8", "int4"))
         target = export_model(Recipe(run_dir=Path(scratch)), settings, "gpt2", model, documents)
         proofs = {f"onnx_{one['what'].removeprefix('parity_')}": one for one in read_artifact(target)["evidence"]}
         folders = {name: model if name == VARIANTS[0] else target for name in VARIANTS}

@@ -17,7 +17,7 @@ from export.parity import check_parity
 from export.runners import CPU_PROVIDER, CUDA_PROVIDER, open_onnx, open_torch
 from export.variants import make_variant
 from tests.export.test_generate import NEW, PROMPTS, SEEDS, of_transformers
-from trainer.errors import GateFailed
+from trainer.errors import GateFailed, UserError
 from trainer.export_config import Calibration, Parity
 
 FP32 = Parity().fp32
@@ -199,17 +199,22 @@ def test_positions_that_are_not_known_are_turned_as_before(raw_graph, model_fold
 
 
 @pytest.mark.parametrize("change", [other_mask, other_reader])
-def test_what_is_not_known_stays_as_it_is(change, raw_graph):
-    """In the last layer, so that the others alone would fit."""
+def test_what_is_not_known_stays_as_it_is(change, raw_graph, tmp_path):
+    """In the last layer, so that the others alone would fit. int8 is then made without; fp32_fused there is none."""
     model = onnx.load(raw_graph("gpt2"))
     change(model.graph, [node for node in model.graph.node if node.op_type == "Softmax"][-1])
     before = model.SerializeToString()
     assert not for_decoding(model) and model.SerializeToString() == before
+    onnx.save(model, tmp_path / "raw.onnx")
+    make_variant("int8", tmp_path / "raw.onnx", tmp_path / "int8.onnx", list, Calibration())
+    assert not open_onnx(tmp_path / "int8.onnx", 1).room_in_past
+    with pytest.raises(UserError, match="attention of raw.onnx is none that lmworks knows"):
+        make_variant("fp32_fused", tmp_path / "raw.onnx", tmp_path / "fused.onnx", list, Calibration())
 
 
 @pytest.mark.parametrize(("provider", "fused_nodes"), [(CPU_PROVIDER, 2), (CUDA_PROVIDER, 0)])
 @pytest.mark.parametrize("variant", ["int8", "int4"])
-def test_the_forms_that_take_it(variant, provider, fused_nodes, raw_graph, tmp_path):
+def test_quantized_forms_take_it(variant, provider, fused_nodes, raw_graph, tmp_path):
     """CUDA's provider has no such node in fp32. What TensorRT and others read keeps to standard operators."""
     file = tmp_path / "form.onnx"
     make_variant(variant, raw_graph("gpt2"), file, list, Calibration(), provider)

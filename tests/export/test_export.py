@@ -45,7 +45,7 @@ def operators(path):
 @pytest.mark.parametrize("name", architectures("qwen2", "qwen3"))  # Llama with biases, with norms
 def test_every_architecture_passes_the_gate_and_is_described(name, model_folder, documents, tmp_path):
     folder = model_folder(name)
-    variants = EVERY + ("int4",) * bool(read_spec(folder).cache)
+    variants = EVERY + ("int4", "fp32_fused") * bool(read_spec(folder).cache)
     settings = SETTINGS.model_copy(update={"variants": variants})
     target = stage.export_model(Recipe(run_dir=tmp_path), settings, "m", folder, documents)
     record = read_artifact(target, "onnx")
@@ -284,6 +284,7 @@ def test_refusals(tmp_path, model_folder, documents):
         ({"models": {"m": str(tmp_path / "nothing")}}, "holds no config.json"),
         ({}, "there is no model to export"),
         ({"models": {"m": bert}, "variants": ["int4"]}, r"int4 of m, a BertForMaskedLM"),
+        ({"models": {"m": bert}, "variants": ["fp32_fused"]}, r"no fp32_fused of m, a BertForMaskedLM, on CPU"),
         ({"models": {"m": bert}, "variants": ["bf16"]}, r"bf16.onnx does not open on CPUExecutionProvider: .*Add"),
     ]
     for section, message in cases:
