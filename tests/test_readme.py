@@ -181,8 +181,8 @@ def decoding_figures():
         f"{generating_figure(short)}; `fp32_fused` {tokens_figure(short['onnx_fp32_fused'])}",
         f"{generating_figure(long)}, the first token after {long['transformers']['first_token_ms']:.0f} ms against "
         f"{plain['first_token_ms']:.0f} ms; `fp32_fused` {tokens_figure(fused)}, {fused['first_token_ms']:.0f} ms",
-        f"int8 and int4 ({short['onnx_int8']['speedup']:.1f}× and {short['onnx_int4']['speedup']:.1f}×; after 900 tokens "
-        f"{long['onnx_int8']['speedup']:.1f}× and {long['onnx_int4']['speedup']:.1f}×)",
+        f"int8 and int4 ({short['onnx_int8']['speedup']:.1f}× and {short['onnx_int4']['speedup']:.1f}×; after 900 "
+        f"tokens {long['onnx_int8']['speedup']:.1f}× and {long['onnx_int4']['speedup']:.1f}×)",
     ]
 
 
