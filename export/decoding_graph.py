@@ -115,6 +115,7 @@ class _Graph:
         inputs = {value.name for value in self.graph.input}
         if not {"input_ids", "attention_mask"} <= inputs:  # of an encoder-decoder nothing tells the past's length
             return []
+        self._made("logits", "MatMul")
         keys = [value.name for value in self.graph.output if value.name.endswith(".key")]
         found = [self._layer(name, f"{name.removesuffix('key')}value") for name in keys]
         for layer in found:
@@ -233,7 +234,7 @@ class _Graph:
         if turn is not None and turn.op_type == "Transpose" and _permutation(turn) == _TO_HEADS:
             before = turn.input[0]
             reshape = self.makers.get(before)
-            if reshape is not None and reshape.op_type == "Reshape" and len(self.shapes[reshape.input[0]]) == 3:
+            if reshape is not None and reshape.op_type == "Reshape" and len(self.shapes.get(reshape.input[0], [])) == 3:
                 return reshape.input[0]
         else:
             before = f"{name}_turned"
@@ -244,16 +245,18 @@ class _Graph:
     def _rotation(self, name: str) -> _Rotation:
         """How a value came out of x * cos + (-x2, x1) * sin, x1 and x2 being the halves of x."""
         plain, crossed = (self._made(one, "Mul") for one in self._made(name, "Add").input)
-        halves = self._made(crossed.input[0], "Concat").input
-        second, first = self._made(self._made(halves[0], "Neg").input[0], "Slice"), self._made(halves[1], "Slice")
+        minus_second, first = self._made(crossed.input[0], "Concat").input
+        halves = [self._made(first, "Slice"), self._made(self._made(minus_second, "Neg").input[0], "Slice")]
         value, size = plain.input[0], self._size(plain.input[0])
-        ends = [[self._integers(one) for one in node.input[1:]] for node in (first, second)]
-        upper = ends[1][1].pop()
-        if ends != [[[0], [size // 2], [3], [1]], [[size // 2], [], [3], [1]]] or upper < size:
+        if any(len(node.input) != 5 for node in halves):
+            raise _Unlike
+        starts, ends, axes, steps = ([self._integers(node.input[place]) for node in halves] for place in (1, 2, 3, 4))
+        if [starts, axes, steps] != [[[0], [size // 2]], [[3], [3]], [[1], [1]]] or min(ends[1]) < size:
             raise _Unlike
         angles = {self._angles(plain.input[1], "Cos"), self._angles(crossed.input[1], "Sin")}
-        if {first.input[0], second.input[0]} != {value} or len(angles) > 1:
+        if ends[0] != [size // 2] or {node.input[0] for node in halves} != {value} or len(angles) > 1:
             raise _Unlike
+        self._heads(value)
         return _Rotation(value, angles.pop())
 
     def _angles(self, name: str, wave: str) -> str:
@@ -362,8 +365,8 @@ class _Graph:
 
 
 def _keep_logits_on_request(graph: onnx.GraphProto) -> None:
-    """Give the product that puts out logits the last tokens only, if there are any: their number is an input that need
-    not be given, as it has a value, 0 for all of them. Name and meaning are transformers.js's."""
+    """Give the product that puts out logits the last tokens only. Their number is an input that need not be given, as
+    it has a value, 0 for all of them; name and meaning are transformers.js's."""
     place, product = next((index, node) for index, node in enumerate(graph.node) if "logits" in node.output)
     numbers = {LOGITS_TO_KEEP: [0], "logits_end": [np.iinfo(np.int64).max], "logits_axis": [1]}
     for name, value in numbers.items():

@@ -82,8 +82,9 @@ def choose_variant(subject: Subject, wanted: str, device: str) -> Verified:
                 "add it to export.variants and export again, or pack another",
             )
         return subject.variants[wanted]
-    # fp8 is quicker than fp32 in an engine alone; bf16 does not run on the CPU, and fp32_fused nowhere else.
-    unfit = ("fp8", "bf16" if device == "cpu" else "fp32_fused")
+    unfit = {"fp8", "bf16"} if device == "cpu" else {"fp8", "fp32_fused"}  # fp8: quicker in an engine alone
+    if device == "gpu" and subject.spec.task == "causal_lm":  # attention is the CPU's (`decoding_graph`)
+        unfit |= {"int8", "int4"}
     runs = [one for one in subject.variants.values() if one.variant not in unfit]
     if not runs:
         only = ", ".join(subject.variants)

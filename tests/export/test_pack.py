@@ -303,6 +303,13 @@ def test_a_variant_or_model_that_is_not_there_is_named(recipe, tmp_path, exporte
         Pack(backend="tensorrt")
 
 
+@pytest.mark.parametrize(("name", "on_gpu"), [("gpt2", "fp32"), ("bert", "int8")])
+def test_auto_takes_what_the_device_has_operators_for(name, on_gpu, exported_folder):
+    """A decoder's int8 has the CPU's attention."""
+    subject = verified.examine(name, exported_folder(name), Path("nowhere"))
+    assert [pack.choose_variant(subject, "auto", device).variant for device in ("cpu", "gpu")] == ["int8", on_gpu]
+
+
 def test_the_verb_packs_and_says_so(recipe, tmp_path, capsys):
     one = recipe("gpt2", models=["gpt2"])
     path = tmp_path / "recipe.yaml"
