@@ -9,11 +9,13 @@ from itertools import islice
 import numpy as np
 
 from export.cases import Case, Documents, tokens
+from export.generate import InPlaceDecoder
 from export.io_spec import IoSpec
-from export.runners import Arrays, Runner
+from export.runners import Arrays, OnnxRunner, Runner
 
 DEPTH = 64  # tokens that are taken one by one, each on the cache of those before it
 _PROMPT = 5
+_ROOM = 32  # of a past that may have some: it ends twice on the way
 # (batch, past, new): one token and several, batches of one and more, none of them traced.
 _SHAPES = ((1, 1, 1), (1, 20, 5), (2, 7, 3), (7, 16, 1))
 
@@ -54,8 +56,13 @@ def stepped_case(documents: Documents, spec: IoSpec, random: np.random.Generator
 
 
 def run_in_steps(runner: Runner, spec: IoSpec, case: Case) -> Arrays:
-    """What a decoder gives for a case whose tokens come one by one after the prompt, as if they had come at once."""
+    """What a decoder gives for a case whose tokens come one by one after the prompt, as if they had come at once.
+
+    A graph that may have room in its past has it here, as in `generate`.
+    """
     assert case.steps_after is not None and spec.cache is not None
+    if isinstance(runner, OnnxRunner) and runner.room_in_past:
+        return _run_in_place(InPlaceDecoder(runner, spec, room=_ROOM), spec, case)
     ids_BT, encoded = case.inputs["input_ids"], case.inputs.get("encoder_attention_mask")
     ends = [case.steps_after, *range(case.steps_after + 1, ids_BT.shape[1] + 1)]
     past = {name: case.inputs[name] for name in spec.cross.past_names} if spec.cross else {}
@@ -67,6 +74,23 @@ def run_in_steps(runner: Runner, spec: IoSpec, case: Case) -> Arrays:
         past |= spec.cache.next_past(outputs)
         start = end
     return {**outputs, "logits": np.concatenate(logits, axis=1)}
+
+
+def _run_in_place(decoder: InPlaceDecoder, spec: IoSpec, case: Case) -> Arrays:
+    assert case.steps_after is not None and spec.cache is not None
+    ids_BT, mask_BT = case.inputs["input_ids"], case.mask
+    prompt = spec.token_feeds(ids_BT[:, : case.steps_after], mask_BT[:, : case.steps_after])
+    whole, _ = decoder.advance(prompt, None, whole=True)
+    last, buffers = decoder.advance(prompt, None)
+    logits = [whole[:, :-1], last]
+    for end in range(case.steps_after + 1, ids_BT.shape[1] + 1):
+        step, buffers = decoder.advance(spec.token_feeds(ids_BT[:, end - 1 : end], mask_BT[:, :end]), buffers)
+        logits.append(step)
+    presents = {
+        name: array[:, :, : ids_BT.shape[1]]
+        for name, array in zip(spec.cache.present_names, buffers.arrays, strict=True)
+    }
+    return {"logits": np.concatenate(logits, axis=1), **presents}
 
 
 def _batch(

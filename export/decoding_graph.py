@@ -7,8 +7,9 @@ default.
 Which forms take it is `variants`' business; who hands the same buffers in and out is `generate`'s.
 
 Names, types and axes of inputs and outputs stay as they are. What changes is that the length of the past is that of the
-mask less that of the tokens: the tensors of a past may be longer, and those of the present are the same ones then. The
-node is the CPU provider's in fp32 (CUDA's has 16 bits alone), and takes several tokens after a past for one text only.
+mask less that of the tokens: the tensors of a past may be longer, and those of the present are the same ones then; a
+mask that was not made longer with the past is not noticed. The node is the CPU provider's in fp32 (CUDA's has 16 bits
+alone), and takes several tokens after a past for one text only.
 """
 
 from collections import defaultdict
@@ -27,12 +28,16 @@ from trainer.errors import UserError
 
 _TO_HEADS = [0, 2, 1, 3]  # [B, T, H, D] to [B, H, T, D], and back
 _LAST_TWO = [0, 1, 3, 2]
+_ROWS, _LENGTH = 0, 2  # axes of a past
 _REPEATS = ("Unsqueeze", "Expand", "Reshape")  # of keys and values, for the heads of queries that share them
 _DOMAIN = "com.microsoft"
 
 
 class _Unlike(Exception):
     """A graph is not what torch's exporter makes of scaled_dot_product_attention with a cache."""
+
+    def __str__(self) -> str:
+        return super().__str__() or "its attention is none that torch's exporter writes"
 
 
 @dataclass(frozen=True)
@@ -53,33 +58,40 @@ class _Layer:
 
 
 def write_fused(raw: Path, file: Path) -> None:
-    """Write the fp32 form of graph `raw`; UserError where `for_decoding` does not know its attention."""
+    """Write the fp32 form of graph `raw`; UserError for a graph that `for_decoding` leaves as it is."""
     model = onnx.load(raw)
-    if not for_decoding(model):
+    try:
+        _rewrite(model)
+    except _Unlike as unlike:
         raise UserError(
-            f"the attention of {raw.name} is none that lmworks knows, so that there is no fp32_fused of it",
-            "a decoder as torch's exporter writes it",
-            "take fp32 for it",
-        )
+            f"there is no fp32_fused of {raw.name}: {unlike}", "another model", "take fp32 for it"
+        ) from None
     save_graph(model, file)
 
 
 def for_decoding(model: onnx.ModelProto) -> bool:
     """Rewrite a model in place; weights need not be loaded. False, and nothing is changed, if it has no cache of its
     own or any of its layers looks otherwise than those that torch's exporter writes."""
-    work = _Graph(model.graph)
     try:
-        layers = work.layers()
+        _rewrite(model)
     except _Unlike:
         return False
-    if not layers:
-        return False
+    return True
+
+
+def has_room(file: Path) -> bool:
+    """Whether a file holds such a graph."""
+    return any(entry.key == ROOM_IN_PAST for entry in onnx.load(file, load_external_data=False).metadata_props)
+
+
+def _rewrite(model: onnx.ModelProto) -> None:
+    work = _Graph(model.graph)
+    layers = work.layers()
     work.fuse(layers)
     _keep_logits_on_request(model.graph)
     if all(one.domain != _DOMAIN for one in model.opset_import):
         model.opset_import.append(helper.make_opsetid(_DOMAIN, 1))
     model.metadata_props.add(key=ROOM_IN_PAST, value="true")
-    return True
 
 
 @dataclass(frozen=True)
@@ -113,16 +125,16 @@ class _Graph:
     def layers(self) -> list[_Layer]:
         """All of them; raises _Unlike for the first that is another."""
         inputs = {value.name for value in self.graph.input}
-        if not {"input_ids", "attention_mask"} <= inputs:  # of an encoder-decoder nothing tells the past's length
-            return []
-        self._made("logits", "MatMul")
         keys = [value.name for value in self.graph.output if value.name.endswith(".key")]
+        if not keys or not {"input_ids", "attention_mask"} <= inputs:  # an encoder-decoder's tells nobody its length
+            raise _Unlike("it has no cache of its own")
+        self._made("logits", "MatMul")
         found = [self._layer(name, f"{name.removesuffix('key')}value") for name in keys]
-        for layer in found:
-            for past in layer.past:  # whoever else reads it reads its shape alone
-                others = [node for node in self.readers[past] if node.op_type not in ("Concat", "Shape")]
-                if others or past not in inputs:
-                    raise _Unlike
+        joins = {name for layer in found for name in layer.present}
+        for past in (past for layer in found for past in layer.past):
+            others = [node for node in self.readers[past] if not joins.intersection(node.output)]
+            if past not in inputs or any(_axis_of_shape(node) not in (_ROWS, _LENGTH) for node in others):
+                raise _Unlike("somebody reads more of a past than its shape")
         return found
 
     def _layer(self, key: str, value: str) -> _Layer:
@@ -148,15 +160,16 @@ class _Graph:
             result=result,
         )
         heads, key_heads, value_heads = map(self._heads, (layer.query, layer.key, layer.value))
-        fits = key_heads == value_heads and heads % key_heads == 0 and self._size(layer.query) % 8 == 0
+        if (size := self._size(layer.query)) % 8:
+            raise _Unlike(f"its heads have {size} numbers, and the operator takes a multiple of 8")
         # Minus infinity would leave a row of padding, which attends to nothing, without any number.
-        if not fits or allowed != [0.0, float(np.finfo(np.float32).min)]:
+        if key_heads != value_heads or heads % key_heads or allowed != [0.0, float(np.finfo(np.float32).min)]:
             raise _Unlike
         return layer
 
     def fuse(self, layers: Sequence[_Layer]) -> None:
         """Put the new nodes in place of those that made the results, and leave out what nobody reads any more."""
-        self._lengths()
+        self._lengths(layers)
         fused = {id(layer.result): self._fused(index, layer) for index, layer in enumerate(layers)}
         joins = {name for layer in layers for name in layer.present}
         kept = [node for node in self.graph.node if not joins.intersection(node.output)]
@@ -172,7 +185,7 @@ class _Graph:
             if weight.name not in read:
                 del self.graph.initializer[index]
 
-    def _lengths(self) -> None:
+    def _lengths(self, layers: Sequence[_Layer]) -> None:
         """The lengths that the operator wants, and that of the past, from the mask and the tokens."""
         one, first = self._constant("one", np.array([1], np.int32)), self._constant("first", np.array(0, np.int64))
         total, new = (
@@ -183,11 +196,10 @@ class _Graph:
         self.total = self._own("Gather", total_int32, first)
         rows = self._own("Shape", "input_ids", start=0, end=1)
         self.last = self._own("Expand", self._own("Sub", total_int32, one), rows)
+        pasts = {name for layer in layers for name in layer.past}
         for node in self.graph.node:
-            if node.op_type == "Shape" and node.input[0].endswith((".key", ".value")):
-                span = {attribute.name: attribute.i for attribute in node.attribute}
-                if (span.get("start"), span.get("end")) == (2, 3):
-                    node.CopyFrom(helper.make_node("Identity", [past], node.output, name=node.name))
+            if pasts.intersection(node.input) and _axis_of_shape(node) == _LENGTH:
+                node.CopyFrom(helper.make_node("Identity", [past], node.output, name=node.name))
 
     def _fused(self, index: int, layer: _Layer) -> list[onnx.NodeProto]:
         """The operator, and before it what brings its inputs to [B, T, H * D]."""
@@ -366,18 +378,26 @@ class _Graph:
 
 def _keep_logits_on_request(graph: onnx.GraphProto) -> None:
     """Give the product that puts out logits the last tokens only. Their number is an input that need not be given, as
-    it has a value, 0 for all of them; name and meaning are transformers.js's."""
+    it has a value, 0 for all of them: int64 without axes, under transformers.js's name."""
     place, product = next((index, node) for index, node in enumerate(graph.node) if "logits" in node.output)
-    numbers = {LOGITS_TO_KEEP: [0], "logits_end": [np.iinfo(np.int64).max], "logits_axis": [1]}
+    numbers = {LOGITS_TO_KEEP: 0, "logits_one": [1], "logits_end": [np.iinfo(np.int64).max], "logits_axis": [1]}
     for name, value in numbers.items():
         graph.initializer.append(numpy_helper.from_array(np.array(value, np.int64), name))
-    graph.input.append(helper.make_tensor_value_info(LOGITS_TO_KEEP, TensorProto.INT64, [1]))
-    first = helper.make_node("Neg", [LOGITS_TO_KEEP], ["logits_first"], name="logits_first")
+    graph.input.append(helper.make_tensor_value_info(LOGITS_TO_KEEP, TensorProto.INT64, []))
+    number = helper.make_node("Reshape", [LOGITS_TO_KEEP, "logits_one"], ["logits_number"], name="logits_number")
+    first = helper.make_node("Neg", ["logits_number"], ["logits_first"], name="logits_first")
     ends = [product.input[0], "logits_first", "logits_end", "logits_axis"]
     kept = helper.make_node("Slice", ends, ["logits_of"], name="logits_of")
     product.input[0] = "logits_of"
-    for node in (kept, first):
+    for node in (kept, first, number):
         graph.node.insert(place, node)
+
+
+def _axis_of_shape(node: onnx.NodeProto) -> int | None:
+    """The one axis whose length a node gives."""
+    span = {attribute.name: attribute.i for attribute in node.attribute}
+    alone = node.op_type == "Shape" and span.get("end") == span.get("start", 0) + 1
+    return span.get("start", 0) if alone else None
 
 
 def _permutation(node: onnx.NodeProto) -> list[int]:

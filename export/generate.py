@@ -17,8 +17,6 @@ from export.runners import CUDA_PROVIDER, TENSORRT_PROVIDER, OnnxRunner, Pair, R
 from export.tensorrt_runner import TensorRTRunner
 from trainer.errors import UserError
 
-# Tokens for which `InPlaceDecoder` makes room at once.
-_ROOM = 256
 # Where ONNX Runtime keeps a session's cache; any other provider keeps it on the CPU.
 _DEVICES = {CUDA_PROVIDER: "cuda", TENSORRT_PROVIDER: "cuda"}
 
@@ -130,7 +128,7 @@ class BoundDecoder:
 
 
 @dataclass
-class _Buffers:
+class Buffers:
     """A cache with room for so many tokens of each row, bound as what a step takes in and puts out."""
 
     room: int
@@ -146,27 +144,29 @@ class InPlaceDecoder:
 
     runner: OnnxRunner
     spec: IoSpec
+    room: int = 256
+    """Tokens for which it is made at once."""
 
     def advance(
-        self, tokens: Mapping[str, np.ndarray], cache: _Buffers | None, whole: bool = False
-    ) -> tuple[np.ndarray, _Buffers]:
+        self, tokens: Mapping[str, np.ndarray], cache: Buffers | None, whole: bool = False
+    ) -> tuple[np.ndarray, Buffers]:
         batch, total = tokens["attention_mask"].shape
         if cache is None or cache.room < total:
             cache = self._make_room(batch, total, cache)
         from onnxruntime import OrtValue
 
-        for name, value in (*tokens.items(), (LOGITS_TO_KEEP, np.array([0 if whole else 1]))):
+        for name, value in (*tokens.items(), (LOGITS_TO_KEEP, np.array(0 if whole else 1))):
             cache.binding.bind_ortvalue_input(name, OrtValue.ortvalue_from_numpy(value))
         cache.binding.bind_output("logits", "cpu")
         self.runner.session.run_with_iobinding(cache.binding)
         return cache.binding.get_outputs()[0].numpy(), cache
 
-    def _make_room(self, batch: int, total: int, before: _Buffers | None) -> _Buffers:
+    def _make_room(self, batch: int, total: int, before: Buffers | None) -> Buffers:
         from onnxruntime import OrtValue
 
         layout = self.spec.cache
         assert layout is not None
-        room = (total // _ROOM + 1) * _ROOM
+        room = (total // self.room + 1) * self.room
         shape = (batch, layout.heads, room, layout.head_size)
         arrays = [np.empty(shape, dtype=np.float32) for _ in layout.past_names]
         for array, old in zip(arrays, before.arrays if before else (), strict=False):
@@ -177,7 +177,7 @@ class InPlaceDecoder:
             value = OrtValue.ortvalue_from_numpy(array)
             binding.bind_ortvalue_input(past, value)
             binding.bind_ortvalue_output(present, value)
-        return _Buffers(room, arrays, binding)
+        return Buffers(room, arrays, binding)
 
 
 def decoder_of(runner: Runner, spec: IoSpec, encoded: Mapping[str, np.ndarray] | None = None) -> Decoder:
@@ -188,11 +188,11 @@ def decoder_of(runner: Runner, spec: IoSpec, encoded: Mapping[str, np.ndarray] |
         return TorchDecoder(runner, spec, runner.tensors(encoded or {}))
     if not isinstance(runner, OnnxRunner):
         return CopyingDecoder(runner, spec, encoded or {})
-    if runner.room_in_past:
+    device = _device(runner)
+    if runner.room_in_past and device == "cpu":
         return InPlaceDecoder(runner, spec)
     from onnxruntime import OrtValue
 
-    device = _device(runner)
     kept = {name: OrtValue.ortvalue_from_numpy(value, device, 0) for name, value in (encoded or {}).items()}
     return BoundDecoder(runner, spec, kept)
 

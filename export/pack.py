@@ -14,6 +14,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from rich.console import Console
 
 from export.cases import Documents, load_documents
+from export.decoding_graph import has_room
 from export.export import copy_companions
 from export.generate import Sampling
 from export.hostile import data_files
@@ -73,7 +74,17 @@ def run(recipe: Recipe) -> None:
 
 
 def choose_variant(subject: Subject, wanted: str, device: str) -> Verified:
-    """The variant that is served: the one that is named, or the smallest that the device has operators for."""
+    """The variant that is served: the one that is named, or the smallest that the device has operators for.
+
+    UserError for one that is named and has the CPU's.
+    """
+    cpus = {variant for variant, one in subject.variants.items() if device == "gpu" and has_room(one.file)}
+    if wanted in cpus:
+        raise UserError(
+            f"pack.variant is {wanted}, which has the attention of ONNX Runtime's CPU provider",
+            "a form for a GPU",
+            "export it with provider CUDAExecutionProvider, or pack fp32 or fp16",
+        )
     if wanted != "auto":
         if wanted not in subject.variants:
             raise UserError(
@@ -82,9 +93,8 @@ def choose_variant(subject: Subject, wanted: str, device: str) -> Verified:
                 "add it to export.variants and export again, or pack another",
             )
         return subject.variants[wanted]
-    unfit = {"fp8", "bf16"} if device == "cpu" else {"fp8", "fp32_fused"}  # fp8: quicker in an engine alone
-    if device == "gpu" and subject.spec.task == "causal_lm":  # attention is the CPU's (`decoding_graph`)
-        unfit |= {"int8", "int4"}
+    # bf16 does not run on the CPU, and fp8 is quicker than fp32 in an engine alone.
+    unfit = {"fp8", *["bf16"] * (device == "cpu")} | cpus
     runs = [one for one in subject.variants.values() if one.variant not in unfit]
     if not runs:
         only = ", ".join(subject.variants)
@@ -203,7 +213,7 @@ def write_hub(folder: Path, subject: Subject, documents: Documents) -> list[str]
         _open_tokenizer(subject.folder).save_pretrained(folder)
     files = []
     for variant, one in subject.variants.items():
-        if variant not in HUB_FILES:  # they have no name for bf16
+        if variant not in HUB_FILES:  # they have no name for the others
             continue
         if subject.spec.encoder and variant == "int8_static":  # in a branch ONNX Runtime rounds its products otherwise
             continue

@@ -92,9 +92,13 @@ def _verify_graph(
         export_graph(load_model(folder, spec), spec, raw, settings.opset)
     for variant, named in wanted.items():
         file = _form(exported, scratch, named.name)
-        if file != named:
-            make_variant(variant, raw, file, lambda: gates.calibration, settings.calibration, settings.provider)
-        row = {"model": name, "variant": variant, "file": file.name, "exported": file == named}
+        row: dict[str, Any] = {"model": name, "variant": variant, "file": file.name, "exported": file == named}
+        try:
+            if file != named:
+                make_variant(variant, raw, file, lambda: gates.calibration, settings.calibration, settings.provider)
+        except UserError as problem:
+            yield row | {"passed": False, "found": str(problem).replace("\n", "; ")}
+            continue
         row |= _held(functools.partial(_check_graph, settings, name, gates, variant, file))
         if bisect and not row["passed"]:
             row["found"] += f"\n    {_where(spec, settings, variant, folder, raw, file, gates.unpadded())}"

@@ -62,8 +62,8 @@ class Pack(Section):
     models: tuple[ModelName, ...] = ()
     """Names of exported models; by default all."""
     variant: Precision | Literal["auto"] = "auto"
-    """What Triton serves: a variant of `export.variants`; auto takes the smallest verified file, never fp8's, and
-    says so."""
+    """What Triton serves: a variant of `export.variants`; auto takes the smallest verified file that the
+    device runs, never fp8's, and says so."""
     backend: Literal["onnxruntime", "tensorrt"] = "onnxruntime"
     """Triton's backend for the network. tensorrt needs engines of the `tensorrt` section."""
     device: Literal["cpu", "gpu"] = "cpu"

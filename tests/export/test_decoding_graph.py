@@ -7,10 +7,11 @@ import onnx
 import pytest
 from onnx import helper, numpy_helper
 
+from export import files
 from export import generate as generation
 from export.cache import cache_cases
 from export.cases import make_cases
-from export.decoding_graph import for_decoding
+from export.decoding_graph import for_decoding, has_room
 from export.generate import InPlaceDecoder, Sampling, decoder_of, generate
 from export.io_spec import read_spec
 from export.parity import check_parity
@@ -120,14 +121,14 @@ def test_a_fault_is_caught(fault, model_folder, fused, documents):
         gate("llama", path, model_folder, documents)
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama"])
-@pytest.mark.parametrize("room", [256, 4])
+@pytest.mark.parametrize(("name", "room"), [("gpt2", 256), ("gpt2", 4), *((name, 4) for name in DECODERS[1:])])
 def test_text_in_place_is_that_of_transformers(name, room, model_folder, fused, monkeypatch):
     """Token by token, with room for all of it, and where the room ends again and again."""
-    monkeypatch.setattr(generation, "_ROOM", room)
-    folder = model_folder(name, SEEDS[name])
-    runner, spec = open_onnx(fused(name, SEEDS[name]), 1), read_spec(folder)
+    seed = SEEDS.get(name, 0)
+    folder = model_folder(name, seed)
+    runner, spec = open_onnx(fused(name, seed), 1), read_spec(folder)
     assert isinstance(decoder_of(runner, spec), InPlaceDecoder)
+    monkeypatch.setattr(generation, "decoder_of", lambda *given: InPlaceDecoder(*given[:2], room))
     for prompts in (PROMPTS, PROMPTS[:1]):
         assert generate(runner, spec, prompts, Sampling(NEW)) == of_transformers(folder, prompts).tolist()
 
@@ -159,7 +160,7 @@ def test_logits_are_those_of_as_many_tokens_as_are_asked_for(model_folder, fused
     whole = runner.run(inputs)["logits"]
     assert whole.shape[1] == 3
     for kept in (1, 2, 0):
-        (some,) = runner.session.run(["logits"], inputs | {"num_logits_to_keep": np.array([kept])})
+        (some,) = runner.session.run(["logits"], inputs | {"num_logits_to_keep": np.array(kept)})
         np.testing.assert_allclose(some, whole[:, -kept:], atol=1e-6)
     decoder = InPlaceDecoder(runner, spec)
     feeds = {name: inputs[name] for name in ("input_ids", "attention_mask", "position_ids")}
@@ -187,6 +188,12 @@ def other_reader(graph, softmax):
     graph.node.append(helper.make_node("Neg", [name], ["negated"], name="planted"))
 
 
+def whole_shape(graph, softmax):
+    """A past's length is read in another way, and would be that of its room."""
+    name = next(value.name for value in graph.input if value.name.startswith("past"))
+    graph.node.append(helper.make_node("Shape", [name], ["shape"], name="planted"))
+
+
 def test_positions_that_are_not_known_are_turned_as_before(raw_graph, model_folder, documents, tmp_path):
     """Of one layer's keys, whose halves here are not halves: all else is fused, and the model stays the same."""
     model = onnx.load(raw_graph("llama"))
@@ -202,7 +209,7 @@ def test_positions_that_are_not_known_are_turned_as_before(raw_graph, model_fold
     assert gate("llama", tmp_path / "model.onnx", model_folder, documents)
 
 
-@pytest.mark.parametrize("change", [other_mask, other_reader])
+@pytest.mark.parametrize("change", [other_mask, other_reader, whole_shape])
 def test_what_is_not_known_stays_as_it_is(change, raw_graph, tmp_path):
     """In the last layer, so that the others alone would fit. int8 is then made without; fp32_fused there is none."""
     model = onnx.load(raw_graph("gpt2"))
@@ -212,7 +219,7 @@ def test_what_is_not_known_stays_as_it_is(change, raw_graph, tmp_path):
     onnx.save(model, tmp_path / "raw.onnx")
     make_variant("int8", tmp_path / "raw.onnx", tmp_path / "int8.onnx", list, Calibration())
     assert not open_onnx(tmp_path / "int8.onnx", 1).room_in_past
-    with pytest.raises(UserError, match="attention of raw.onnx is none that lmworks knows"):
+    with pytest.raises(UserError, match="no fp32_fused of raw.onnx: (its attention is none|somebody reads more)"):
         make_variant("fp32_fused", tmp_path / "raw.onnx", tmp_path / "fused.onnx", list, Calibration())
 
 
@@ -224,4 +231,23 @@ def test_quantized_forms_take_it(variant, provider, fused_nodes, raw_graph, tmp_
     make_variant(variant, raw_graph("gpt2"), file, list, Calibration(), provider)
     nodes = onnx.load(file).graph.node
     assert sum(node.op_type == "GroupQueryAttention" for node in nodes) == fused_nodes
-    assert open_onnx(file, 1).room_in_past == bool(fused_nodes)
+    assert open_onnx(file, 1).room_in_past == has_room(file) == bool(fused_nodes)
+
+
+@pytest.mark.parametrize("variant", ["int8", "int4"])
+def test_a_quantized_form_gives_in_place_what_it_gives_otherwise(variant, model_folder, raw_graph, tmp_path):
+    """One text, so that activations are quantized alike; weights beside the graph."""
+    file, spec = tmp_path / "form.onnx", read_spec(model_folder("llama"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(files, "LARGE_BYTES", 1000)
+        make_variant(variant, raw_graph("llama"), file, list, Calibration())
+    assert files.data_file(file).is_file()
+    runner, past, buffers = open_onnx(file, 1), None, None
+    decoder = InPlaceDecoder(runner, spec, room=4)
+    for end in range(1, 12):
+        feeds = spec.feeds(np.array([[40 + end]]), np.ones((1, end), dtype=np.int64), past)
+        expected = runner.run(feeds)
+        past = spec.cache.next_past(expected)
+        tokens = {name: feeds[name] for name in ("input_ids", "attention_mask", "position_ids")}
+        logits, buffers = decoder.advance(tokens, buffers)
+        np.testing.assert_allclose(logits, expected["logits"], atol=1e-6)

@@ -308,6 +308,9 @@ def test_auto_takes_what_the_device_has_operators_for(name, on_gpu, exported_fol
     """A decoder's int8 has the CPU's attention."""
     subject = verified.examine(name, exported_folder(name), Path("nowhere"))
     assert [pack.choose_variant(subject, "auto", device).variant for device in ("cpu", "gpu")] == ["int8", on_gpu]
+    if name == "gpt2":
+        with pytest.raises(UserError, match="pack.variant is int8, which has the attention of .*CPU"):
+            pack.choose_variant(subject, "int8", "gpu")
 
 
 def test_the_verb_packs_and_says_so(recipe, tmp_path, capsys):
