@@ -15,6 +15,12 @@ RECIPES = ["bert-base", "bert-large-lamb", "modernbert-base", "gpt2-124m", "llam
 STATED = re.compile(r"# Estimated by plan, not measured: ([\d.]+) GiB a GPU, ([\d.]+) h at 40 % of the peak")
 
 
+@pytest.fixture(autouse=True)
+def away_from_runs(tmp_path, monkeypatch):
+    """Shipped recipes name folders below the current one, where `make quickstart` may have left its own."""
+    monkeypatch.chdir(tmp_path)
+
+
 @pytest.mark.parametrize("name", RECIPES)
 def test_shipped_recipes_load_plan_and_dry_run(name, capsys):
     """What a recipe states on its top is what its own command computes, over all phases, and it fits."""
