@@ -1,6 +1,11 @@
 """A graph for decoding: the same model at every depth of its cache, which may have room to spare, and fewer logits."""
 
+import json
+import runpy
+import shutil
+import sys
 from collections import Counter
+from types import ModuleType
 
 import numpy as np
 import onnx
@@ -14,6 +19,7 @@ from export.cases import make_cases
 from export.decoding_graph import for_decoding, has_room
 from export.generate import InPlaceDecoder, Sampling, decoder_of, generate
 from export.io_spec import read_spec
+from export.pack import TRITON_MODELS
 from export.parity import check_parity
 from export.runners import CPU_PROVIDER, CUDA_PROVIDER, open_onnx, open_torch
 from export.variants import make_variant
@@ -166,6 +172,24 @@ def test_logits_are_those_of_as_many_tokens_as_are_asked_for(model_folder, fused
     feeds = {name: inputs[name] for name in ("input_ids", "attention_mask", "position_ids")}
     for whole_wanted, expected in ((False, whole[:, -1:]), (True, whole)):
         np.testing.assert_allclose(decoder.advance(feeds, None, whole_wanted)[0], expected, atol=1e-6)
+
+
+def test_the_laptops_server_takes_texts_apart_where_it_must(model_folder, fused, monkeypatch, tmp_path):
+    """What Triton merged: several tokens of two texts after their pasts."""
+    monkeypatch.setitem(sys.modules, "triton_python_backend_utils", ModuleType("triton_python_backend_utils"))
+    served = runpy.run_path(str(TRITON_MODELS / "run_onnx.py"))["TritonPythonModel"]()
+    spec, file = read_spec(model_folder("llama")), tmp_path / "1" / "model.onnx"
+    file.parent.mkdir()
+    shutil.copyfile(fused("llama"), file)
+    names = [[{"name": port.name} for port in ports] for ports in (spec.inputs, spec.outputs)]
+    config = json.dumps(dict(zip(("input", "output"), names, strict=True)))
+    served.initialize({"model_repository": str(tmp_path), "model_version": "1", "model_config": config})
+    runner, ids = open_onnx(file, 1), np.arange(10).reshape(2, 5) + 40
+    past = spec.cache.next_past(runner.run(spec.feeds(ids[:, :3], np.ones((2, 3), dtype=np.int64))))
+    for length in (1, 2):
+        feeds = spec.feeds(ids[:, 3 : 3 + length], np.ones((2, 3 + length), dtype=np.int64), past)
+        for given, expected in zip(served._run(feeds), runner.run(feeds).values(), strict=True):
+            np.testing.assert_allclose(given, expected, atol=1e-6)
 
 
 def test_what_has_no_cache_of_its_own_stays_as_it_is(raw_graph):
