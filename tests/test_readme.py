@@ -171,6 +171,21 @@ def speedup_of(row):
     return f"{row['speedup']:.1f}× ({low:.1f} to {high:.1f}"
 
 
+def trained_figures():
+    result = json.loads((RESULTS / "int8_trained.json").read_text())
+    forms, training = result["forms"], result["training"]
+    steps = sum(stack["steps"] for stack in training["stacks"])
+    found, top1 = forms["quality_int8"]["metrics"], forms["parity_int8"]["metrics"]["top1"]
+    assert forms["held"] and forms["quality_int8"]["thresholds"] == {"share": 0.99}
+    kept, low, high = (found[key] * 100 for key in ("kept", "kept_low", "kept_high"))
+    return [
+        f"{steps:,} steps of {training['tokens_per_step']:,} tokens",
+        f"which is {found['source'] * 100:.1f} % after",
+        f"{kept:.1f} % ({low:.1f} to {high:.1f}, bootstrap over {found['sequences']} rows); top-1 {top1 * 100:.1f} %",
+        "| 99 %, the recipe's gate |",
+    ]
+
+
 def decoding_figures():
     short, long = (decoding_rows("decode.json", key) for key in ("rows", "rows_long"))
     passing = {name: row["passes_shipped_gate"] for name, row in short.items() if "passes_shipped_gate" in row}
@@ -242,6 +257,7 @@ def unsupported(section):
     text = " ".join(section.split())
     figures = (
         latency_figures,
+        trained_figures,
         decoding_figures,
         loop_figures,
         character_figures,
