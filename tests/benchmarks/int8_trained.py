@@ -2,11 +2,11 @@
 
     python tests/benchmarks/int8_trained.py [--steps-scale X] [--run-dir DIR] [--out FILE]
 
-Pretrained from nothing on the sources of Python's standard library in an hour or more of 2 CPU cores, which 12 layers of
-random weights would get nowhere in: 3 layers first, which are then copied on top of themselves and trained on, twice
-over (Gong et al. 2019, "Efficient training of BERT by progressively stacking"). All else is lmworks' own stages, with
-the gates as a recipe has them by default: int8 must keep 99 % of fp32's masked accuracy on validation text, and `held`
-says whether it did.
+Pretrained from nothing on the sources of Python's standard library in an hour or more of 2 CPU cores, in which 12
+layers of random weights would get nowhere: 3 layers first, which are then copied on top of themselves and trained on,
+twice over (Gong et al. 2019, "Efficient training of BERT by progressively stacking"). All else is lmworks' own stages,
+with the gates as a recipe has them by default: int8 must keep 99 % of fp32's masked accuracy on validation text, and
+`held` says whether it did.
 """
 
 import argparse
