@@ -140,7 +140,7 @@ class _Graph:
     def _layer(self, key: str, value: str) -> _Layer:
         joined = [self._made(name, "Concat") for name in (key, value)]
         product = self._reader_through_repeats(value)
-        scores = self._made(self._without_nans(product.input[0]), "Softmax").input[0]
+        scores = self._made(product.input[0], "Softmax").input[0]
         masked = self._made(scores, "Add")
         queries, keys = self._made(masked.input[0], "MatMul").input
         scaled_query, scaled_key = self._made(queries, "Mul"), self._made(keys, "Mul")
@@ -326,17 +326,6 @@ class _Graph:
     def _before_repeats(self, name: str) -> str:
         while (node := self.makers.get(name)) is not None and node.op_type in _REPEATS:
             name = node.input[0]
-        return name
-
-    def _without_nans(self, name: str) -> str:
-        """The value of which another one is a copy with 0 in place of NaN."""
-        node = self.makers.get(name)
-        if (
-            node is not None
-            and node.op_type == "Where"
-            and self._made(node.input[0], "IsNaN").input[0] == node.input[2]
-        ):
-            return node.input[2]
         return name
 
     def _number(self, name: str) -> float:

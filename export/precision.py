@@ -18,6 +18,7 @@ from trainer.errors import GateFailed, UserError
 # A value may become so much larger on other text than it was on the calibration's (assumed).
 HEADROOM = 4.0
 _FP16_MAX = float(np.finfo(np.float16).max)
+_BF16_MAX = np.float32((2 - 2**-7) * 2.0**127)
 # Below this, fp16 keeps fewer bits the smaller a number is (IEEE 754 binary16's smallest normal number).
 _FP16_SMALLEST = float(np.finfo(np.float16).smallest_normal)
 # Cases with more tokens are left out of the search for overflows: all inner values at once would fill the memory.
@@ -86,19 +87,21 @@ def _weights(graph: onnx.GraphProto) -> dict[str, float]:
     return {name: float(np.abs(value[np.isfinite(value)]).max(initial=0.0)) for name, value in values.items()}
 
 
-def lower(raw: Path, lowered: Path, precision: str, kept: set[str]) -> None:
-    """Write graph `raw` in "fp16" or "bf16", the `kept` nodes in fp32.
+def lower(raw: Path, lowered: Path, precision: str, kept: set[str]) -> set[str]:
+    """Write graph `raw` in "fp16" or "bf16", the `kept` nodes in fp32; returns all that are left in fp32.
 
-    Those that the operator set defines for no such type stay, too (Sin and Cos take bf16 from opset 22 on).
+    Those that the operator set defines for no such type stay, too (Sin and Cos take bf16 from opset 22 on), and so does
+    what the models themselves compute in fp32: angles of rotary positions, and norms by the root of the mean square.
     """
     model = onnx.load(raw)
     low = _DTYPES[precision]
-    kept = kept | _without_form(model, low)
+    kept = kept | _without_form(model, low) | _angles(model.graph) | _root_mean_squares(model.graph)
     work = _Lowering(model.graph, element_types(raw), low, kept)
     for node in list(model.graph.node):
         work.take(node)
     work.finish()
     save_graph(model, lowered)
+    return work.left
 
 
 def _without_form(model: onnx.ModelProto, low: int) -> set[str]:
@@ -110,6 +113,31 @@ def _without_form(model: onnx.ModelProto, low: int) -> set[str]:
         allowed = {name for one in _schema(node, version).type_constraints for name in one.allowed_type_strs}
         if "tensor(float)" in allowed and lower_name not in allowed:
             found.add(node.name)
+    return found
+
+
+def _angles(graph: onnx.GraphProto) -> set[str]:
+    """Sines and cosines, and all that makes their angles of positions: fp16 has whole numbers alone above 1024."""
+    found, read = set(), set()
+    for node in reversed(graph.node):
+        if node.op_type in ("Sin", "Cos") or read.intersection(node.output):
+            found.add(node.name)
+            read.update(node.input)
+    return found
+
+
+def _root_mean_squares(graph: onnx.GraphProto) -> set[str]:
+    """Nodes of x / sqrt(mean(x²) + epsilon).
+
+    In 16 bits ONNX Runtime (1.30) makes one node of them that has an epsilon of 1e-5, whatever the graph's is.
+    """
+    makers = {output: node for node in graph.node for output in node.output}
+    roots: dict[str, onnx.NodeProto] = {node.output[0]: node for node in graph.node if node.op_type == "Sqrt"}
+    found = {node.name for node in graph.node if node.op_type == "Div" and node.input[1] in roots}
+    for node in roots.values():
+        while node is not None and node.op_type in ("Sqrt", "Add", "ReduceMean", "Pow"):
+            found.add(node.name)
+            node = makers.get(node.input[0])
     return found
 
 
@@ -140,6 +168,7 @@ class _Lowering:
     kept: set[str]
     nodes: list[onnx.NodeProto] = field(default_factory=list)
     lives_low: set[str] = field(default_factory=set)
+    left: set[str] = field(default_factory=set)
     cast: dict[tuple[str, bool], str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -156,6 +185,8 @@ class _Lowering:
         made = [name for name in node.output if self.types.get(name) == TensorProto.FLOAT]
         if low and made:
             _make_low(node, self.low)
+        elif made:
+            self.left.add(node.name)
         self.nodes.append(node)
         for name in made if low else ():
             self.lives_low.add(name)
@@ -206,5 +237,7 @@ def _make_low(node: onnx.NodeProto, low: int) -> None:
 
 def _lowered_weight(weight: onnx.TensorProto, name: str, low: int) -> onnx.TensorProto:
     value = numpy_helper.to_array(weight)
+    if low == TensorProto.BFLOAT16:  # masks hold the least fp32 number, which would be rounded to minus infinity
+        value = np.where(np.isfinite(value), value.clip(-_BF16_MAX, _BF16_MAX), value)
     with np.errstate(over="ignore"):  # beyond the range it becomes infinite, for the gate to see
         return numpy_helper.from_array(value.astype(helper.tensor_dtype_to_np_dtype(low)), name)

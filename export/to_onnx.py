@@ -184,6 +184,7 @@ def export_graph(model: torch.nn.Module, spec: IoSpec, path: Path, opset: int) -
     _tidy(program.model, spec)
     transpose_keys_at_once(program.model)
     divide_by_roots(program.model)
+    take_softmax_as_it_is(program.model)
     common.RemoveUnusedNodesPass()(program.model)
     size_bytes = sum(weight.const_value.nbytes for weight in program.model.graph.initializers.values()
                      if weight.const_value is not None)  # fmt: skip
@@ -266,6 +267,34 @@ def divide_by_roots(model: ir.Model) -> None:
             ir.convenience.replace_all_uses_with(made, now)
             model.graph.remove(product, safe=True)
             break
+
+
+def take_softmax_as_it_is(model: ir.Model) -> None:
+    """Leave out torch's exporter's 0 in place of NaN behind attention's softmax, where no row can be NaN.
+
+    One would be if all its scores were minus infinity. What masks add is the least finite number, so that a row which
+    attends to nothing attends to all alike; its own numbers are padding's. With the two nodes between softmax and
+    product TensorRT makes no single layer of attention (TensorRT-RTX, BERT-base in fp16, two profiles: 407 layers
+    instead of 277), and ONNX Runtime goes over all probabilities twice more (BERT-base in int8, 4 x 512 tokens: a fifth
+    of the time).
+    """
+    makers = {output: node for node in model.graph for output in node.outputs}
+
+    def maker(value: ir.Value | None, kind: str) -> ir.Node | None:
+        node = makers.get(value)  # type: ignore[arg-type] - None is no key
+        return node if node is not None and node.op_type == kind else None
+
+    for chosen in [node for node in model.graph if node.op_type == "Where"]:
+        probabilities = chosen.inputs[2]
+        test, softmax = maker(chosen.inputs[0], "IsNaN"), maker(probabilities, "Softmax")
+        masked = maker(softmax.inputs[0], "Add") if softmax else None
+        mask = maker(masked.inputs[1], "Where") if masked else None
+        if probabilities is None or test is None or mask is None or test.inputs[0] is not probabilities:
+            continue
+        added = [value.const_value for value in mask.inputs[1:] if value is not None and value.const_value is not None]
+        if len(added) == 2 and all(np.isfinite(constant.numpy()).all() for constant in added):
+            ir.convenience.replace_all_uses_with(chosen.outputs[0], probabilities)
+            model.graph.remove([chosen, test], safe=True)
 
 
 @contextlib.contextmanager

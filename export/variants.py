@@ -88,10 +88,9 @@ def make_variant(
         quantize_weights(raw, file, fused)
     elif variant == "fp16":
         kept = overflowing(raw, measure_ranges(raw, batches(), usable_threads()))
-        lower(raw, file, "fp16", kept)
-        return {"kept_in_fp32": sorted(kept)}
-    elif variant == "bf16":
-        lower(raw, file, "bf16", set())  # its range is fp32's
+        return {"kept_in_fp32": sorted(lower(raw, file, "fp16", kept))}
+    elif variant == "bf16":  # its range is fp32's
+        return {"kept_in_fp32": sorted(lower(raw, file, "bf16", set()))}
     elif variant == "fp8":
         round_products(raw, file, batches(), usable_threads())
         return {"calibration": settings.model_dump()}

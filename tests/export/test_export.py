@@ -8,6 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx.parser
+import onnx.reference
+import onnx_ir as ir
 import onnxruntime
 import pytest
 import torch
@@ -18,7 +21,7 @@ from export import export as stage
 from export.cases import load_documents
 from export.io_spec import read_spec
 from export.runners import open_runner
-from export.to_onnx import export_graph, load_model
+from export.to_onnx import export_graph, load_model, take_softmax_as_it_is
 from tests.export.conftest import MAX_LENGTH, architectures
 from trainer import prepare
 from trainer.artifact import content_hash, hash_file, read_artifact
@@ -106,6 +109,42 @@ def test_no_key_is_copied_to_be_multiplied(name, as_loaded):
     taken_in = [node for node in nodes if node.op_type == "FusedMatMul"
                 and {one.name: one.i for one in node.attribute}["transB"]]  # fmt: skip
     assert len(taken_in) >= 2
+
+
+@pytest.mark.parametrize("name", ["bert", "modernbert", "llama", "bart"])
+def test_attention_multiplies_what_softmax_gives(name, raw_graph, model_folder, tmp_path):
+    """No test for NaN stands between, which there cannot be: masks hold finite numbers."""
+    if name != "bart":
+        assert "IsNaN" not in operators(raw_graph(name))
+        return
+    folder = model_folder(name)
+    spec = read_spec(folder)
+    for part in spec.parts:
+        export_graph(load_model(folder, spec), part, tmp_path / "model.onnx", 20)
+        assert "IsNaN" not in operators(tmp_path / "model.onnx")
+
+
+@pytest.mark.parametrize(("mask", "kept"), [("least", False), ("infinite", True), ("given", True)])
+def test_a_row_that_could_be_nan_keeps_its_zeros(mask, kept):
+    """Attention as the exporter writes it, with masks of the least number, of minus infinity, and of an input's."""
+    model = onnx.parser.parse_model(f"""
+        <ir_version: 10, opset_import: ["" : 20]>
+        attend (float[2, 3] scores, bool[2, 3] seen, float given, float[3, 1] values) => (float[2, 1] made)
+        <float none = {{0.0}}, float least = {{-3.4e38}}, float infinite = {{-inf}}> {{
+            mask = Where (seen, none, {mask})
+            masked = Add (scores, mask)
+            probabilities = Softmax (masked)
+            wrong = IsNaN (probabilities)
+            right = Where (wrong, none, probabilities)
+            made = MatMul (right, values)
+        }}""")
+    inner = ir.from_proto(model)
+    take_softmax_as_it_is(inner)
+    assert any(node.op_type == "IsNaN" for node in inner.graph) == kept
+    scores, seen = np.arange(6, dtype="f").reshape(2, 3), np.array([[True, False, True], [False] * 3])
+    inputs = {"scores": scores, "seen": seen, "given": np.float32(-1), "values": np.ones((3, 1), "f")}
+    before, after = (onnx.reference.ReferenceEvaluator(one).run(None, inputs) for one in (model, ir.to_proto(inner)))
+    np.testing.assert_array_equal(before, after)
 
 
 def test_int8_alone_has_no_raw_graph_and_a_quantized_head(model_folder, documents, tmp_path):

@@ -9,24 +9,35 @@ import numpy as np
 import onnx
 import pytest
 import torch
+import transformers as hf
 from onnx import TensorProto, helper, numpy_helper
 from onnxruntime.transformers.float16 import convert_float_to_float16
 
 from export import to_tensorrt
 from export.audit import audit, read_layers
 from export.engine_files import Place, check_place, manifest_of, plan_name, read_manifest, write_manifest
+from export.export import export_model
 from export.io_spec import BATCH, SEQUENCE, Port, read_spec
 from export.runners import open_onnx
 from export.tensorrt_library import load_library
 from export.tensorrt_runner import open_engine
-from export.to_tensorrt import Builder, build_engines, choose_capabilities, products, profile_shapes
+from export.to_tensorrt import (
+    Builder,
+    build_engines,
+    choose_capabilities,
+    products,
+    profile_shapes,
+)
 from export.verified import Verified, examine
-from tests.export.conftest import GATES, MAX_LENGTH, architectures
+from tests.export.conftest import GATES, MAX_LENGTH, architectures, build_tokenizer
 from trainer.artifact import hash_file, read_artifact
 from trainer.config import Recipe
 from trainer.errors import GateFailed, UserError
+from trainer.export_config import Export
 from trainer.serving_config import Profile, TensorRT
 
+WIDE = {"vocab_size": 300, "num_hidden_layers": 2, "hidden_size": 128, "num_attention_heads": 2,
+        "intermediate_size": 256}  # fmt: skip
 SETTINGS = TensorRT(
     library="tensorrt_rtx",
     profiles=(
@@ -93,6 +104,28 @@ def test_every_architecture_becomes_an_engine_of_the_asked_precision(
     found = audit(name, asked, read_layers(description), products(graph), 0.0)
     assert found["types"] == {asked: found["matrix_layers"]} and found["matrix_layers"] >= 2 * 2 * 4
     assert_profiles_are_in_the_engine(description, spec)
+
+
+@pytest.mark.parametrize(
+    ("kind", "config"),
+    [
+        (hf.BertForMaskedLM, hf.BertConfig(**WIDE)),
+        (hf.GPT2LMHeadModel, hf.GPT2Config(n_layer=2, n_embd=128, n_head=2, vocab_size=300)),
+        (hf.LlamaForCausalLM, hf.LlamaConfig(**WIDE, num_key_value_heads=1)),
+        (hf.T5ForConditionalGeneration, hf.T5Config(d_model=128, num_heads=2, d_ff=256, num_layers=2, vocab_size=300)),
+    ],
+)
+def test_attention_is_one_layer_of_an_engine(kind, config, builder, documents, tmp_path):
+    """Scores, softmax and their product with values, with heads as wide as users' models have them, 64."""
+    kind(config).save_pretrained(tmp_path / "model")
+    build_tokenizer().save_pretrained(tmp_path / "model")
+    gates = GATES["parity"] | {"fp16": {"min_top1": 0.0}}
+    settings = Export.model_validate(GATES | {"variants": ["fp16"], "parity": gates})
+    folder = export_model(Recipe(run_dir=tmp_path), settings, "m", tmp_path / "model", documents)
+    for part in read_spec(tmp_path / "model").parts:
+        _, description = builder.build(folder / f"{part.stem}_fp16.onnx", part, SETTINGS, "8.9")
+        attention = [layer for layer in read_layers(description) if "mha" in layer.name]
+        assert len(attention) == (4 if part.encoder else 2) * len(SETTINGS.profiles)
 
 
 def assert_profiles_are_in_the_engine(description, spec):

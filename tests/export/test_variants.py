@@ -2,17 +2,21 @@
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
+import torch
 from onnx import TensorProto, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
 from export.calibration import calibration_batches
 from export.cases import make_cases
+from export.dynamic import quantize
 from export.io_spec import read_spec
 from export.parity import check_parity
 from export.precision import check_overflow, lower, measure_ranges, overflowing
 from export.quantize import quantize_by_ranges, quantize_weights
 from export.runners import open_onnx, open_torch
+from export.to_onnx import export_graph, load_model
 from trainer.errors import GateFailed
 from trainer.export_config import Calibration, Parity
 
@@ -103,7 +107,7 @@ def test_ranges_are_the_largest_magnitudes_of_the_text(bert):
     assert not list(raw.parent.glob(".probe*"))
 
 
-@pytest.mark.parametrize("name", ["bert", "llama"])
+@pytest.mark.parametrize("name", ["bert", "modernbert", "gpt2", "llama"])
 def test_bf16_has_bf16s_error(name, model_folder, raw_graph, tmp_path):
     """ONNX Runtime's CPU provider has no bf16: onnx's own evaluator runs it."""
     spec = read_spec(model_folder(name))
@@ -117,6 +121,69 @@ def test_bf16_has_bf16s_error(name, model_folder, raw_graph, tmp_path):
     real = inputs["attention_mask"] == 1
     error = np.sqrt(np.square(actual - source)[real].mean() / np.square(source)[real].mean())
     assert 1e-4 < error < Parity().bf16.relative_rms
+
+
+@pytest.mark.parametrize("name", ["bert", "llama"])
+@pytest.mark.parametrize("form", ["fp32", "fp16", "bf16", "int8"])
+def test_a_text_of_nothing_but_padding_harms_no_other(name, form, model_folder, raw_graph, documents, tmp_path):
+    """Its tokens attend to nobody, as padding on the left of a decoder's text does; all numbers stay finite."""
+    spec, raw, path = read_spec(model_folder(name)), raw_graph(name), tmp_path / "form.onnx"
+    if form == "int8":
+        quantize(raw, path, fused=name == "llama")
+    elif form == "fp32":
+        path = raw
+    else:
+        batches = calibration_batches(lambda needed: documents, spec, Calibration(batches=4))
+        kept = overflowing(raw, measure_ranges(raw, batches, 1)) if form == "fp16" else set()
+        lower(raw, path, form, kept)
+    ids = np.arange(5, 20)
+    inputs = spec.pad([ids, ids, ids], 15)
+    inputs["attention_mask"][1], inputs["attention_mask"][2, :6] = 0, 0
+    if form == "bf16":  # ONNX Runtime's CPU provider has none
+        made = ReferenceEvaluator(str(path)).run(["logits"], inputs)[0]
+    else:
+        made = open_onnx(path, 1).run(inputs)["logits"]
+    source = open_torch(model_folder(name), 1).run(inputs)["logits"]
+    assert np.isfinite(made).all()
+    real = inputs["attention_mask"] == 1
+    error = np.sqrt(np.square(made - source)[real].mean() / np.square(source)[real].mean())
+    assert error < getattr(Parity(), form).relative_rms
+
+
+@pytest.mark.parametrize("form", ["fp16", "bf16"])
+def test_tokens_far_on_are_turned_in_fp32(form, model_folder, raw_graph, tmp_path):
+    """In bf16 no odd number above 256 is left, and in fp16 angles above 1024 are whole: positions would be others."""
+    raw, path = raw_graph("llama"), tmp_path / "low.onnx"
+    names = lower(raw, path, form, set())
+    left = {node.op_type for node in onnx.load(raw).graph.node if node.name in names}
+    assert {"Sin", "Cos", "Sqrt", "Div"} <= left and not {"Softmax", "Sigmoid", "MatMul"} & left
+    inputs = read_spec(model_folder("llama")).pad([np.arange(5, 20)], 15)
+    far = inputs | {"position_ids": inputs["position_ids"] + 5001}
+    source = open_onnx(raw, 1).run(far)["logits"]
+    assert np.abs(source - open_onnx(raw, 1).run(inputs)["logits"]).max() < 1e-3  # only distances count
+    made = ReferenceEvaluator(str(path)).run(["logits"], far)[0]
+    assert np.sqrt(np.square(made - source).mean() / np.square(source).mean()) < getattr(Parity(), form).relative_rms
+
+
+@pytest.mark.parametrize("name", ["llama", "t5"])
+def test_a_norms_epsilon_is_that_of_the_model_in_fp16(name, model_folder, tmp_path):
+    """ONNX Runtime takes a norm's nodes together; small values, as trained tables of embeddings hold, show it."""
+    spec = read_spec(model_folder(name)).parts[0]
+    model = load_model(model_folder(name), spec)
+    with torch.no_grad():
+        model.get_input_embeddings().weight.mul_(0.03)
+    raw, path = tmp_path / "raw.onnx", tmp_path / "low.onnx"
+    export_graph(model, spec, raw, 20)
+    lower(raw, path, "fp16", set())
+    loaded, options = tmp_path / "loaded.onnx", onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(loaded)
+    onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    norms = [node for node in onnx.load(loaded).graph.node if "SimplifiedLayerNormalization" in node.op_type]
+    epsilons = {one.f for node in norms for one in node.attribute if one.name == "epsilon"}
+    assert norms and epsilons == {np.float32(1e-6)}
+    inputs = spec.pad([np.arange(5, 20)], 15)
+    (first, made), (_, source) = (next(iter(open_onnx(one, 1).run(inputs).items())) for one in (path, raw))
+    assert np.sqrt(np.square(made - source).mean() / np.square(source).mean()) < 0.004, first
 
 
 def quantization_scales(path):
