@@ -1,7 +1,8 @@
 """The int8 form of a raw graph, with activations quantized as they come: weight by weight, so that a large model's are
 never in memory together. Whether the result is good enough is the parity gate's decision.
 
-ONNX Runtime's own `quantize_dynamic` makes the same nodes and numbers, and holds several copies of the graph meanwhile.
+ONNX Runtime's own `quantize_dynamic` makes the same nodes and numbers of products, and holds several copies of the
+graph meanwhile. To an embedding table it gives a single scale, where here each row has its own.
 """
 
 from dataclasses import dataclass, field
@@ -20,11 +21,11 @@ from export.files import save_graph
 # documentation, "Quantize ONNX models"). A model travels to CPUs that nobody tested, and the price is small:
 # relative_rms 0.0026 to 0.0027 on a trained tiny BERT, 0.0050 to 0.0060 on GPT-2.
 _LARGEST_WEIGHT = 64
-_LARGEST_ENTRY = 255  # of an embedding table, which is not multiplied
+_LARGEST_ENTRY = 127  # of an embedding table, which is not multiplied
 
 
 def quantize(raw: Path, quantized: Path, fused: bool = False) -> None:
-    """Write an int8 form of graph `raw`: weights of MatMul by output channel, embedding tables whole; `fused`: with
+    """Write an int8 form of graph `raw`: weights of MatMul by output channel, embedding tables by row; `fused`: with
     `decoding_graph`, which is for decoding, otherwise of standard operators.
 
     Fusing attention without a cache (`onnxscript.rewriter.ort_fusions`) was measured and gains nothing: ONNX Runtime
@@ -47,6 +48,14 @@ def quantize(raw: Path, quantized: Path, fused: bool = False) -> None:
     save_graph(model, quantized)
 
 
+def round_tables(graph: onnx.GraphProto) -> None:
+    """Put the embedding tables of a graph, whose weights are loaded, into int8, and leave its products."""
+    work = _Quantizing(graph, Path())
+    for node in list(graph.node):
+        work.take_table(node)
+    work.finish()
+
+
 @dataclass
 class _Quantizing:
     """The graph while it is rewritten. A head that multiplies by a transposed table gets its own copy of it: ONNX
@@ -55,7 +64,7 @@ class _Quantizing:
     graph: onnx.GraphProto
     folder: Path
     nodes: list[onnx.NodeProto] = field(default_factory=list)
-    made: dict[tuple[str, str], tuple[str, str, str]] = field(default_factory=dict)
+    made: dict[tuple[str, str], tuple[str, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.weights = {one.name: one for one in self.graph.initializer if one.data_type == TensorProto.FLOAT}
@@ -72,7 +81,13 @@ class _Quantizing:
             self._multiply(node, weight, node.output[0])
         elif node.op_type == "Gemm" and self._is_matrix(weight) and _attributes(node) <= {("transB", 1)}:
             self._multiply_and_add(node, weight)
-        elif node.op_type == "Gather" and node.input[0] in self.weights:
+        else:
+            self.take_table(node)
+
+    def take_table(self, node: onnx.NodeProto) -> None:
+        """The same, where only tables are in int8."""
+        axes = [one.i for one in node.attribute if one.name == "axis" and one.i]
+        if node.op_type == "Gather" and self._is_matrix(node.input[0]) and not axes:
             self._look_up(node)
         else:
             self.nodes.append(node)
@@ -115,49 +130,52 @@ class _Quantizing:
         self._add("Mul", [f"{product}_float", f"{product}_scale"], output, f"{name}_scaled")
 
     def _look_up(self, node: onnx.NodeProto) -> None:
-        table, scale, zero = self._table(node.input[0])
-        output = node.output[0]
-        node.input[0], node.output[0] = table, f"{output}_looked_up"
-        self.nodes.append(node)
-        self._add("DequantizeLinear", [node.output[0], scale, zero], output, f"{output}_widened")
+        integers, scale = self._table(node.input[0])
+        output, ids = node.output[0], node.input[1]
+        self._add("Gather", [integers, ids], f"{output}_integers", node.name)
+        self._add("Cast", [f"{output}_integers"], f"{output}_float", f"{node.name}_cast", to=TensorProto.FLOAT)
+        self._add("Gather", [scale, ids], f"{output}_scale", f"{node.name}_scale")
+        self._add("Mul", [f"{output}_float", f"{output}_scale"], output, f"{node.name}_scaled")
 
-    def _activation(self, name: str) -> tuple[str, str, str]:
+    def _activation(self, name: str) -> tuple[str, ...]:
         if ("activation", name) not in self.made:
             names = f"{name}_quantized", f"{name}_scale", f"{name}_zero_point"
             self.nodes.append(helper.make_node("DynamicQuantizeLinear", [name], names, name=f"{name}_quantize"))
             self.made["activation", name] = names
         return self.made["activation", name]
 
-    def _weight(self, name: str) -> tuple[str, str, str]:
+    def _weight(self, name: str) -> tuple[str, ...]:
         """Signed numbers around 0, a scale for each output channel."""
         if ("weight", name) not in self.made:
             weight_HV = self._array(name)
-            scale_V = np.abs(weight_HV).max(axis=0).astype(np.float64) / _LARGEST_WEIGHT
-            scale_V = np.where(scale_V < np.finfo(np.float32).tiny, 1.0, scale_V).astype(np.float32)
+            scale_V = _scales(np.abs(weight_HV).max(axis=0), _LARGEST_WEIGHT)
             integers_HV = (weight_HV / scale_V).round().astype(np.int8)
             zero_V = np.zeros(len(scale_V), dtype=np.int8)
             self.made["weight", name] = self._store(name, np.ascontiguousarray(integers_HV), scale_V, zero_V)
         return self.made["weight", name]
 
-    def _table(self, name: str) -> tuple[str, str, str]:
-        """Unsigned numbers from the smallest to the largest, 0 among them, one scale for all."""
+    def _table(self, name: str) -> tuple[str, ...]:
+        """Signed numbers around 0, [V, H], and a scale for each row, [V, 1]."""
         if ("table", name) not in self.made:
-            table = self._array(name)
-            least, most = min(float(table.min()), 0.0), max(float(table.max()), 0.0)
-            scale = (most - least) / _LARGEST_ENTRY
-            scale = np.float32(scale if scale >= np.finfo(np.float32).tiny else 1.0)
-            zero = np.uint8(round(-least / float(scale)))
-            integers = ((table / scale).round() + zero).clip(0, _LARGEST_ENTRY).astype(np.uint8)
-            self.made["table", name] = self._store(f"{name}_table", integers, np.array(scale), np.array(zero))
+            table_VH = self._array(name)
+            scale_V1 = _scales(np.abs(table_VH).max(axis=1, keepdims=True), _LARGEST_ENTRY)
+            integers_VH = (table_VH / scale_V1).round().astype(np.int8)
+            self.made["table", name] = self._store(f"{name}_table", integers_VH, scale_V1)
         return self.made["table", name]
 
-    def _store(self, name: str, *arrays: np.ndarray) -> tuple[str, str, str]:
-        names = f"{name}_quantized", f"{name}_scale", f"{name}_zero_point"
+    def _store(self, name: str, *arrays: np.ndarray) -> tuple[str, ...]:
+        names = (f"{name}_quantized", f"{name}_scale", f"{name}_zero_point")[: len(arrays)]
         self.graph.initializer.extend(numpy_helper.from_array(a, n) for a, n in zip(arrays, names, strict=True))
         return names
 
     def _add(self, kind: str, inputs: list[str], output: str, name: str, **attributes: Any) -> None:
         self.nodes.append(helper.make_node(kind, inputs, [output], name=name, **attributes))
+
+
+def _scales(largest: np.ndarray, integer: int) -> np.ndarray:
+    """What integers are multiplied with so that `integer` is the largest value; of nothing but zeros 1."""
+    scales = largest.astype(np.float64) / integer
+    return np.where(scales < np.finfo(np.float32).tiny, 1.0, scales).astype(np.float32)
 
 
 def _attributes(node: onnx.NodeProto) -> set[tuple[str, float]]:

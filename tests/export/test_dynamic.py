@@ -20,20 +20,37 @@ from trainer.export_config import Parity
 
 
 @pytest.mark.parametrize("name", ["bert", "gpt2", "bert_classifier"])
-def test_it_makes_the_nodes_and_numbers_of_onnx_runtimes_own(name, model_folder, raw_graph, documents, tmp_path):
-    """A tied head, products with a bias (Gemm), tables of words and positions."""
+def test_products_have_the_nodes_and_numbers_of_onnx_runtimes_own(name, model_folder, raw_graph, documents, tmp_path):
+    """A tied head, products with a bias (Gemm); tables of words and positions are given to it as ours hold them."""
     ours, prepared, theirs = (tmp_path / f"{which}.onnx" for which in ("ours", "prepared", "theirs"))
     quantize(raw_graph(name), ours)
-    save_graph(quantizable(raw_graph(name)), prepared)
+    model = quantizable(raw_graph(name))
+    looked_up = {node.input[0] for node in model.graph.node if node.op_type == "Gather"}
+    tables = [one for one in model.graph.initializer if one.name in looked_up and one.data_type == TensorProto.FLOAT]
+    assert len(tables) == (2 if name == "gpt2" else 3)
+    for table in tables:
+        table.CopyFrom(numpy_helper.from_array(as_held(table, ours), table.name))
+    save_graph(model, prepared)
     settings = {"per_channel": True, "reduce_range": True, "extra_options": {"DefaultTensorType": TensorProto.FLOAT}}
-    quantize_dynamic(prepared, theirs, weight_type=QuantType.QInt8, **settings)
+    quantize_dynamic(prepared, theirs, ["MatMul"], weight_type=QuantType.QInt8, **settings)
     made, wanted = (Counter(node.op_type for node in onnx.load(path).graph.node) for path in (ours, theirs))
-    assert made == wanted and made["MatMulInteger"] >= 8
+    lookups = Counter({kind: len(tables) for kind in ("Gather", "Cast", "Mul")})
+    assert made == wanted + lookups and made["MatMulInteger"] >= 8
     spec = read_spec(model_folder(name))
     for case in make_cases(documents, spec, Parity().shapes, longest=1024):
         expected, found = (open_onnx(path, 1).run(case.inputs) for path in (theirs, ours))
         for output in expected:
             np.testing.assert_allclose(found[output], expected[output], atol=2e-6)
+
+
+def as_held(table, file):
+    """An embedding table as an int8 file has it: each row within half a step of its own."""
+    held = {one.name: numpy_helper.to_array(one) for one in onnx.load(file).graph.initializer}
+    integers, scales = (held[f"{table.name}_table_{part}"] for part in ("quantized", "scale"))
+    assert integers.dtype == np.int8 and scales.shape == (len(integers), 1)
+    values, wanted = integers * scales, numpy_helper.to_array(table)
+    assert (np.abs(values - wanted) <= np.abs(wanted).max(axis=1, keepdims=True) / 127 * 0.501).all()
+    return values.astype(np.float32)
 
 
 _MEASURED = """

@@ -17,6 +17,7 @@ from export.precision import check_overflow, lower, measure_ranges, overflowing
 from export.quantize import quantize_by_ranges, quantize_weights
 from export.runners import open_onnx, open_torch
 from export.to_onnx import export_graph, load_model
+from tests.export.conftest import VOCABULARY
 from trainer.errors import GateFailed
 from trainer.export_config import Calibration, Parity
 
@@ -236,10 +237,17 @@ def test_calibration_sees_what_masks_hold(bert):
     assert max(measure_ranges(raw, batches, 1).values()) > 1e38 > max(measure_ranges(raw, unpadded, 1).values())
 
 
-def test_int4_holds_every_matrix_in_blocks(raw_graph, tmp_path):
+def test_int4_holds_every_matrix_in_blocks_and_tables_in_int8(raw_graph, tmp_path):
     quantize_weights(raw_graph("llama"), tmp_path / "q4.onnx")
     graph = onnx.load(tmp_path / "q4.onnx").graph
     constants = {one.name for one in graph.initializer}
     blocks = [node for node in graph.node if node.op_type == "MatMulNBits"]
     assert len(blocks) == 2 * 7 + 1  # and the head, which is untied
     assert not [node.name for node in graph.node if node.op_type == "MatMul" and node.input[1] in constants]
+    assert {one.data_type for one in graph.initializer if one.dims[:1] == [VOCABULARY] and len(one.dims) == 2} == {
+        TensorProto.INT8,
+        TensorProto.FLOAT,
+    }  # integers, and a scale a row
+    assert (
+        max(one.dims[1] for one in graph.initializer if one.data_type == TensorProto.FLOAT and len(one.dims) == 2) == 1
+    )
