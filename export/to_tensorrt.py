@@ -124,8 +124,8 @@ class Builder:
         network = builder.create_network(flag)
         parser = self.library.OnnxParser(network, messages)
         read = parser.parse_from_file(str(path))
-        errors = [parser.get_error(index).desc() for index in range(parser.num_errors)]
-        return network, parser, "" if read else "; ".join(errors) or "it does not say why"
+        errors = [_said(parser.get_error(index)) for index in range(parser.num_errors)]
+        return network, parser, "" if read else "; ".join(dict.fromkeys(errors)) or "it does not say why"
 
     def _set_options(self, config: Any, settings: TensorRT, compute_capability: str) -> None:
         flags = self.library.BuilderFlag
@@ -330,6 +330,12 @@ def profile_shapes(port: Port, spec: IoSpec, profile: Profile) -> tuple[tuple[in
 def engine_shapes(spec: IoSpec, settings: TensorRT) -> list[dict[str, tuple[tuple[int, ...], ...]]]:
     """For each profile the shapes of all inputs."""
     return [{port.name: profile_shapes(port, spec, one) for port in spec.inputs} for one in settings.profiles]
+
+
+def _said(error: Any) -> str:
+    """What a parser says of a node; of an operator that it does not know the text is a bare "false"."""
+    text, operator = error.desc(), error.node_operator()
+    return f"no {operator}" if text == "false" and operator else text
 
 
 def _refused(library: ModuleType, path: Path, compute_capability: str, messages: Any) -> UserError:

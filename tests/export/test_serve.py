@@ -138,9 +138,18 @@ def test_requests_share_calls_and_answers_do_not_mix(clients, client):
 
 
 def calls(grpc, model) -> tuple[int, int]:
-    """Texts that a model has seen, and calls that it took."""
-    (stats,) = grpc.get_inference_statistics(model, as_json=True)["model_stats"]
-    return int(stats["inference_count"]), int(stats["execution_count"])
+    """Texts that a model has seen, and calls that it took: read until they stand still, as a server counts a request
+    after it has answered it."""
+
+    def read() -> tuple[int, int]:
+        (stats,) = grpc.get_inference_statistics(model, as_json=True)["model_stats"]
+        return int(stats["inference_count"]), int(stats["execution_count"])
+
+    before, now = None, read()
+    while now != before:
+        time.sleep(0.2)
+        before, now = now, read()
+    return now
 
 
 def test_texts_without_an_answer_are_refused_by_name(clients, client):
