@@ -34,12 +34,12 @@ from export.load_worker import Service
 from export.noise import compare
 from export.provider_audit import Audit
 from export.roofline import limit_of, work_of
-from export.runners import process_environment, require_provider, usable_threads
+from export.runners import CPU_PROVIDER, process_environment, require_provider, usable_threads
 from export.windows import MIN_CPU_SHARE, Settings
 from trainer.__main__ import stage_main
 from trainer.artifact import ARTIFACT_FILE, content_hash, read_artifact, versions, write_json
 from trainer.config import Recipe
-from trainer.environment import launch_command
+from trainer.environment import gpu_driver, gpus, launch_command
 from trainer.errors import GateFailed, UserError
 from trainer.export_config import ENGINES, ONNX_FILES, Backend, Bench
 from trainer.recipe_file import require_section
@@ -79,7 +79,7 @@ def run(recipe: Recipe) -> None:
         require_provider(settings.provider)
     threads = settings.threads or usable_threads()
     report: dict[str, Any] = {
-        "machine": describe_machine(threads),
+        "machine": describe_machine(threads, settings.provider),
         "versions": {"python": platform.python_version(), **versions()},
         "command": launch_command(),
         "settings": settings.model_dump(mode="json") | {"min_cpu_share": MIN_CPU_SHARE},
@@ -246,6 +246,7 @@ def job_of(subject: Subject, backend: Backend, settings: Bench, threads: int) ->
         arrays=str(subject.arrays),
         provider=settings.provider,
         audited=backend in ONNX_FILES,
+        cuda_graphs=settings.cuda_graphs,
         # torch.compile compiles anew for lengths of the cache: minutes, of which no figure would speak
         prompts=0 if backend == "compile" else len(prompts_of(settings, subject.spec)),
         new_tokens=settings.decode.new_tokens if settings.decode else 0,
@@ -349,9 +350,10 @@ def describe_model(subject: Subject) -> dict[str, Any]:
     }
 
 
-def describe_machine(threads: int) -> dict[str, Any]:
-    """What the figures depend on, without naming the machine."""
-    return {
+def describe_machine(threads: int, provider: str = CPU_PROVIDER) -> dict[str, Any]:
+    """What the figures depend on, without naming the machine; its GPUs where they are those of a GPU's provider."""
+    on_gpu = {} if provider == CPU_PROVIDER else {"gpus": gpus(), "driver": gpu_driver()}
+    return on_gpu | {
         "cpu": _cpu_model(),
         "cores": usable_threads(),
         "threads": threads,

@@ -1,5 +1,6 @@
 """What a terminal shows of a benchmark. The whole of it stands in report.json, and is drawn by `report`."""
 
+from pathlib import Path
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
@@ -36,6 +37,8 @@ def show(report: dict[str, Any]) -> None:
     instead = [(model, backend, engine["instead"]) for model, backend, engine in engines]
     for model, backend, reason in dict.fromkeys(each for each in instead if each[2]):
         console.print(f"{model} {backend}: {reason}; it was built anew for this place", markup=False)
+    for line in dict.fromkeys(map(_describe_build, engines)):
+        console.print(line, markup=False)
     for reason in dict.fromkeys(entry["reason"] for entry in report["no_energy"]):
         console.print(f"no energy: {reason}", markup=False)
     console.print(describe_noise(report["noise"]), markup=False)
@@ -58,6 +61,12 @@ def _table(rows: list[dict[str, Any]], columns: Columns, caption: str) -> Table:
             numbers[0] = row["status"]
         table.add_row(row["model"], row["backend"], _shape(row), *numbers)
     return table
+
+
+def _describe_build(engine: tuple[str, str, dict[str, Any]]) -> str:
+    model, backend, about = engine
+    took = "unknown" if about.get("build_s") is None else f"{about['build_s']:.1f} s"
+    return f"{model} {backend}: {Path(about['plan']).name} of {about['file_mib']:.1f} MiB, built in {took}"
 
 
 def describe_decode(row: dict[str, Any]) -> str:

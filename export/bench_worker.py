@@ -57,6 +57,7 @@ class Job:
     audited: bool
     prompts: int
     new_tokens: int
+    cuda_graphs: bool = False
     pair: dict[str, Any] | None = None
     """The face of an encoder-decoder, as `asdict` has it: a cell's call is the encoder's and the decoder's first step.
     Reading it from the folder would load transformers and torch into this process, whose memory is measured."""
@@ -98,7 +99,7 @@ def open_cold(job: Job, inputs: Inputs) -> tuple[Runner | Pair, float | None]:
     """The runner, and seconds from opening it to its first answer; None where others had the CPU meanwhile."""
     spec = _pair_spec(job)
     before, started_s = scheduled_s("self"), time.perf_counter()
-    runner = open_runner(Path(job.folder), job.backend, job.settings.threads, job.provider, spec)
+    runner = open_runner(Path(job.folder), job.backend, job.settings.threads, job.provider, spec, job.cuda_graphs)
     runner.run(inputs)
     elapsed_s = time.perf_counter() - started_s
     share = cpu_share(before, scheduled_s("self"))
@@ -125,10 +126,13 @@ def measure_row(
     row = describe(found, batch_size, real_tokens, mask_BT.size) | {"peak_memory_mib": peak_memory_mib()}
     if counter:
         joules = energy.joules_per_call(lambda: runner.run(inputs), counter, clock)
-        row |= energy.columns(joules, batch_size, real_tokens)
-        if counter.users() <= 1:  # what is taken is all processes'
-            row["device_memory_mib"] = counter.taken_mib()
+        row |= energy.columns(joules, batch_size, real_tokens) | _taken(counter)
     return row
+
+
+def _taken(counter: energy.Counter) -> dict[str, float]:
+    """Memory on the device, unless others use it: what is taken is all processes'."""
+    return {"device_memory_mib": counter.taken_mib()} if counter.users() <= 1 else {}
 
 
 def measure_decode(
@@ -141,16 +145,18 @@ def measure_decode(
     counter: energy.Counter | None = None,
 ) -> dict[str, Any]:
     """Generating greedily: time to the first token, and for each further one, from medians of one token and of all.
-    Joules are of whole texts, and of their new tokens, prompt included."""
+    Joules are of whole texts, and of their new tokens, prompt included; memory is what generating takes at the most."""
     spec, prompts = read_spec(folder), prompts_BP.tolist()
 
     def generating(count: int) -> Measurement:
         return measure(lambda: generate(runner, spec, prompts, Sampling(count)), settings, clock)
 
+    reset_peak_memory()
     row, batch_size = describe_decode(generating(1), generating(new_tokens), len(prompts_BP), new_tokens), len(prompts)
+    row["peak_memory_mib"] = peak_memory_mib()
     if counter:
         joules = energy.joules_per_call(lambda: generate(runner, spec, prompts, Sampling(new_tokens)), counter, clock)
-        row |= energy.columns(joules, batch_size, batch_size * new_tokens)
+        row |= energy.columns(joules, batch_size, batch_size * new_tokens) | _taken(counter)
     return row
 
 

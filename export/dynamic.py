@@ -1,7 +1,7 @@
 """The int8 form of a raw graph, with activations quantized as they come: weight by weight, so that a large model's are
 never in memory together. Whether the result is good enough is the parity gate's decision.
 
-ONNX Runtime's own `quantize_dynamic` makes the same nodes and numbers of products, and holds several copies of the
+ONNX Runtime's own `quantize_dynamic` writes a product with the same nodes and numbers, and holds several copies of the
 graph meanwhile. To an embedding table it gives a single scale, where here each row has its own.
 """
 
@@ -21,7 +21,7 @@ from export.files import save_graph
 # documentation, "Quantize ONNX models"). A model travels to CPUs that nobody tested, and the price is small:
 # relative_rms 0.0026 to 0.0027 on a trained tiny BERT, 0.0050 to 0.0060 on GPT-2.
 _LARGEST_WEIGHT = 64
-_LARGEST_ENTRY = 127  # of an embedding table, which is not multiplied
+_LARGEST_ENTRY = 127  # all 8 bits, as an embedding table's integers are not added up
 
 
 def quantize(raw: Path, quantized: Path, fused: bool = False) -> None:
@@ -85,7 +85,7 @@ class _Quantizing:
             self.take_table(node)
 
     def take_table(self, node: onnx.NodeProto) -> None:
-        """The same, where only tables are in int8."""
+        """Add a node, its table in int8 if it reads rows of one."""
         axes = [one.i for one in node.attribute if one.name == "axis" and one.i]
         if node.op_type == "Gather" and self._is_matrix(node.input[0]) and not axes:
             self._look_up(node)
@@ -134,8 +134,8 @@ class _Quantizing:
         output, ids = node.output[0], node.input[1]
         self._add("Gather", [integers, ids], f"{output}_integers", node.name)
         self._add("Cast", [f"{output}_integers"], f"{output}_float", f"{node.name}_cast", to=TensorProto.FLOAT)
-        self._add("Gather", [scale, ids], f"{output}_scale", f"{node.name}_scale")
-        self._add("Mul", [f"{output}_float", f"{output}_scale"], output, f"{node.name}_scaled")
+        self._add("Gather", [scale, ids], f"{output}_row_scale", f"{node.name}_row_scale")
+        self._add("Mul", [f"{output}_float", f"{output}_row_scale"], output, f"{node.name}_scaled")
 
     def _activation(self, name: str) -> tuple[str, ...]:
         if ("activation", name) not in self.made:
@@ -151,7 +151,9 @@ class _Quantizing:
             scale_V = _scales(np.abs(weight_HV).max(axis=0), _LARGEST_WEIGHT)
             integers_HV = (weight_HV / scale_V).round().astype(np.int8)
             zero_V = np.zeros(len(scale_V), dtype=np.int8)
-            self.made["weight", name] = self._store(name, np.ascontiguousarray(integers_HV), scale_V, zero_V)
+            names = f"{name}_quantized", f"{name}_scale", f"{name}_zero_point"
+            self._store(names, (np.ascontiguousarray(integers_HV), scale_V, zero_V))
+            self.made["weight", name] = names
         return self.made["weight", name]
 
     def _table(self, name: str) -> tuple[str, ...]:
@@ -160,13 +162,13 @@ class _Quantizing:
             table_VH = self._array(name)
             scale_V1 = _scales(np.abs(table_VH).max(axis=1, keepdims=True), _LARGEST_ENTRY)
             integers_VH = (table_VH / scale_V1).round().astype(np.int8)
-            self.made["table", name] = self._store(f"{name}_table", integers_VH, scale_V1)
+            names = f"{name}_table_quantized", f"{name}_table_scale"
+            self._store(names, (integers_VH, scale_V1))
+            self.made["table", name] = names
         return self.made["table", name]
 
-    def _store(self, name: str, *arrays: np.ndarray) -> tuple[str, ...]:
-        names = (f"{name}_quantized", f"{name}_scale", f"{name}_zero_point")[: len(arrays)]
+    def _store(self, names: tuple[str, ...], arrays: tuple[np.ndarray, ...]) -> None:
         self.graph.initializer.extend(numpy_helper.from_array(a, n) for a, n in zip(arrays, names, strict=True))
-        return names
 
     def _add(self, kind: str, inputs: list[str], output: str, name: str, **attributes: Any) -> None:
         self.nodes.append(helper.make_node(kind, inputs, [output], name=name, **attributes))

@@ -190,11 +190,26 @@ def _encoder_face(spec: IoSpec) -> dict[str, list[str]]:
 
 
 def copy_companions(source: Path, target: Path) -> None:
-    """Copy config and tokenizer files of a model folder, so that transformers opens the exported one too."""
+    """Copy config and tokenizer files of a model folder, so that transformers opens the exported one too.
+
+    UserError for a link out of the folder, other than the hub's cache makes: a file of this machine would be copied
+    into what is handed on.
+    """
     for pattern in _BESIDE:
         for file in source.glob(pattern):
             if not any(file.match(unwanted) for unwanted in _NOT_BESIDE):
+                _check_link(source.resolve(), file)
                 shutil.copyfile(file, target / file.name)
+
+
+def _check_link(folder: Path, file: Path) -> None:
+    within = [folder]
+    if folder.parent.name == "snapshots":  # of the hub's cache: MODEL/snapshots/REVISION, its files in MODEL/blobs
+        within.append(folder.parent.parent / "blobs")
+    if not any(file.resolve().is_relative_to(one) for one in within):
+        raise UserError(
+            f"{file} is a link to {file.resolve()}", "files of the model's own folder", "copy the file itself there"
+        )
 
 
 def _tell(form: str, folder: Path, evidence: list[dict[str, Any]]) -> None:

@@ -11,13 +11,14 @@ from export import labelled
 from export.bench_inputs import METRICS, quality_batches
 from export.cache import cache_cases
 from export.calibration import FindText, calibration_batches, needed_tokens
-from export.cases import Documents, full_rows, make_cases
+from export.cases import Case, Documents, full_rows, make_cases
 from export.cross_cases import decoder_cases
 from export.files import hashes
 from export.fp8 import check_rounded
 from export.io_spec import IoSpec
 from export.parity import check_parity
 from export.precision import check_overflow
+from export.probe import MOST_TOKENS
 from export.runners import OnnxRunner, Runner, open_runner, open_torch, open_torch_pair, usable_threads
 from export.scores import Scores, score
 from export.task_gate import check_quality
@@ -65,12 +66,13 @@ class Gates:
         pair = open_torch_pair(self.folder, usable_threads())
         return [case.inputs for case in decoder_cases(text, spec, pair, settings.parity.max_length, self.seed + 1)]
 
-    def unpadded(self) -> dict[str, Any]:
-        """Inputs without padding, so that every position of every inner value counts."""
+    def probed(self) -> list[Case]:
+        """What a fault is searched for with: first a case without padding, so that every position of every inner value
+        counts, then the gate's own, as some faults show only with padding or after a past."""
+        small = [case for case in self.cases if case.inputs["input_ids"].size <= MOST_TOKENS]
         if self.spec.encoder is None:
-            return full_rows(self.documents, self.spec, *_UNPADDED).inputs
-        alone = [case for case in self.cases if len(case.inputs["input_ids"]) == 1 and case.past_tokens]
-        return alone[0].inputs
+            return [full_rows(self.documents, self.spec, *_UNPADDED), *small]
+        return sorted(small, key=lambda case: len(case.inputs["input_ids"]) > 1 or not case.past_tokens)
 
     def check(self, what: str, variant: Precision, file: Path, candidate: OnnxRunner) -> list[dict[str, Any]]:
         """Evidence that `candidate`, opened from `file`, passed; GateFailed at the first miss."""

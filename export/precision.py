@@ -12,17 +12,15 @@ from onnx import TensorProto, helper, numpy_helper
 
 from export.cases import Case
 from export.files import save_graph
-from export.probe import Probe
+from export.probe import MOST_TOKENS, Probe
 from trainer.errors import GateFailed, UserError
 
 # A value may become so much larger on other text than it was on the calibration's (assumed).
 HEADROOM = 4.0
 _FP16_MAX = float(np.finfo(np.float16).max)
-_BF16_MAX = np.float32((2 - 2**-7) * 2.0**127)
+_BF16_MAX = np.float32((2 - 2**-7) * 2.0**127)  # bfloat16 has 8 bits of significand, and fp32's exponents
 # Below this, fp16 keeps fewer bits the smaller a number is (IEEE 754 binary16's smallest normal number).
 _FP16_SMALLEST = float(np.finfo(np.float16).smallest_normal)
-# Cases with more tokens are left out of the search for overflows: all inner values at once would fill the memory.
-_PROBED_TOKENS = 512
 _DTYPES = {"fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
 
 
@@ -63,7 +61,7 @@ def check_overflow(what: str, file: Path, cases: Iterable[Case], threads: int) -
     probe, graph = Probe(file, threads), onnx.load(file).graph
     weights = {one.name: _finite(numpy_helper.to_array(one)) for one in graph.initializer}
     for case in cases:
-        if case.inputs["input_ids"].size > _PROBED_TOKENS:
+        if case.inputs["input_ids"].size > MOST_TOKENS:
             continue
         values = {**case.inputs, **probe.run(case.inputs)}
         finite = {**weights, **{name: _finite(value) for name, value in values.items()}}
@@ -88,7 +86,7 @@ def _weights(graph: onnx.GraphProto) -> dict[str, float]:
 
 
 def lower(raw: Path, lowered: Path, precision: str, kept: set[str]) -> set[str]:
-    """Write graph `raw` in "fp16" or "bf16", the `kept` nodes in fp32; returns all that are left in fp32.
+    """Write graph `raw` in "fp16" or "bf16", the `kept` nodes in fp32; returns all that make fp32 numbers.
 
     Those that the operator set defines for no such type stay, too (Sin and Cos take bf16 from opset 22 on), and so does
     what the models themselves compute in fp32: angles of rotary positions, and norms by the root of the mean square.
@@ -134,8 +132,11 @@ def _root_mean_squares(graph: onnx.GraphProto) -> set[str]:
     makers = {output: node for node in graph.node for output in node.output}
     roots: dict[str, onnx.NodeProto] = {node.output[0]: node for node in graph.node if node.op_type == "Sqrt"}
     found = {node.name for node in graph.node if node.op_type == "Div" and node.input[1] in roots}
-    for node in roots.values():
-        while node is not None and node.op_type in ("Sqrt", "Add", "ReduceMean", "Pow"):
+    for root in roots.values():
+        node: onnx.NodeProto | None = root
+        for kind in ("Sqrt", "Add", "ReduceMean", "Pow"):
+            if node is None or node.op_type != kind:
+                break
             found.add(node.name)
             node = makers.get(node.input[0])
     return found
@@ -237,7 +238,7 @@ def _make_low(node: onnx.NodeProto, low: int) -> None:
 
 def _lowered_weight(weight: onnx.TensorProto, name: str, low: int) -> onnx.TensorProto:
     value = numpy_helper.to_array(weight)
-    if low == TensorProto.BFLOAT16:  # masks hold the least fp32 number, which would be rounded to minus infinity
-        value = np.where(np.isfinite(value), value.clip(-_BF16_MAX, _BF16_MAX), value)
+    if low == TensorProto.BFLOAT16 and value.ndim == 0 and np.isfinite(value):
+        value = value.clip(-_BF16_MAX, _BF16_MAX)  # masks' least fp32 number would be rounded to minus infinity
     with np.errstate(over="ignore"):  # beyond the range it becomes infinite, for the gate to see
         return numpy_helper.from_array(value.astype(helper.tensor_dtype_to_np_dtype(low)), name)

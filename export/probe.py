@@ -11,6 +11,9 @@ import onnx
 
 from export.runners import Arrays
 
+# Inputs of more tokens are not probed: all inner values at once would fill the memory.
+MOST_TOKENS = 512
+
 
 class Probe:
     """A graph file opened with every node's outputs as outputs of the graph.

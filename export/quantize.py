@@ -89,8 +89,8 @@ def quantize_weights(raw: Path, quantized: Path, fused: bool = False) -> None:
     """Write a form whose products take int4 weights in blocks of 64 and int8 activations (MatMulNBits), its embedding
     tables in int8; `fused`: with `decoding_graph`.
 
-    It pays where weights must be read for few tokens, in decoding: GPT-2 124M, 2 threads, 350 tokens/s against 237 with
-    int8 and 54 in fp32 (tests/benchmarks/decode.py); blocks of 32 are a quarter slower. At 128 tokens it is slower than
+    It pays where weights must be read for few tokens, in decoding: GPT-2 124M, 2 threads, 373 tokens/s against 263 with
+    int8 and 77 in fp32 (tests/benchmarks/decode.py); blocks of 32 are a quarter slower. At 128 tokens it is slower than
     int8 (BERT-base: 108 ms against 45).
     """
     graph = quantizable(raw, fused)

@@ -6,6 +6,7 @@ than its manifest's is not mended.
 """
 
 import sys
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -244,7 +245,9 @@ def _build(manifest: Mapping[str, Any], origin: Origin, made: Path, here: Place)
     options = {name: manifest[name] for name in ("tf32", "version_compatible", "hardware_compatibility")}
     settings = TensorRT(library=manifest["library"], **options)
     builder, graph = Builder(manifest["library"]), origin.graph
+    begun_s = time.perf_counter()
     plan, description = builder.build_shapes(graph, manifest["profiles"], settings, here.compute_capability)
+    build_s = time.perf_counter() - begun_s
     if not builder.ahead_of_time:
         description = builder.describe(plan)
     variant = manifest["variant"]
@@ -254,7 +257,7 @@ def _build(manifest: Mapping[str, Any], origin: Origin, made: Path, here: Place)
         path = partial / made.name
         path.write_bytes(plan)
         about = {name: manifest[name] for name in _KEPT} | {"stem": origin.spec.stem}
-        about |= {"audit": audited, "in_place_of": manifest["plan"]}
+        about |= {"audit": audited, "build_s": build_s, "in_place_of": manifest["plan"]}
         write_manifest(path, here, graph, about | {"parity": None})
         parity = _hold(origin, path)
         write_manifest(path, here, graph, about | {"parity": parity})
@@ -266,7 +269,7 @@ def main(exported: Path, variant: str, path: Path) -> None:
     graph of the model."""
     engines = [
         {"plan": str(found.plan), "sha256": hash_file(found.plan), "file_mib": found.plan.stat().st_size / 2**20,
-         "parity": found.parity, "instead": found.instead}
+         "build_s": read_manifest(found.plan).get("build_s"), "parity": found.parity, "instead": found.instead}
         for found in fitting_plans(exported, variant)
     ]  # fmt: skip
     write_json(path, {"engines": engines})

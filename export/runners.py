@@ -125,25 +125,28 @@ class Pair:
 
 
 def open_runner(
-    folder: Path, backend: Backend, threads: int, provider: str = CPU_PROVIDER, spec: IoSpec | None = None
-) -> "Runner | Pair":
+    folder: Path, backend: Backend, threads: int, provider: str = CPU_PROVIDER, spec: IoSpec | None = None,
+    cuda_graphs: bool = False,
+) -> "Runner | Pair":  # fmt: skip
     """A runner for `folder` (a model folder for eager and compile, an export folder for the others), in PyTorch on the
     kind of device that ONNX Runtime's `provider` stands for; for the `spec` of an encoder-decoder a `Pair`.
+
+    `cuda_graphs`: engines and compiled models record a shape's call on the GPU once, and replay it.
 
     Raises UserError where the folder lacks the backend's file, or the backend is not installed as asked.
     """
     if backend in ENGINES:
         from export.rebuild import open_fitting
 
-        return open_fitting(folder, ENGINES[backend])
+        return open_fitting(folder, ENGINES[backend], cuda_graphs)
     pair = spec if spec and spec.encoder else None
     if backend in ONNX_FILES and pair:
         files = [folder / file for file in graph_files(PAIR_STEMS, backend)]
         return open_onnx_graphs(files, pair, threads, provider)
     if backend in ONNX_FILES:
         return open_onnx(folder / ONNX_FILES[backend], threads, provider)
-    open_it = open_torch_pair if pair else open_torch
-    return open_it(folder, threads, backend == "compile", "cpu" if provider == CPU_PROVIDER else "cuda")
+    open_it, device = open_torch_pair if pair else open_torch, "cpu" if provider == CPU_PROVIDER else "cuda"
+    return open_it(folder, threads, backend == "compile", device, cuda_graphs)
 
 
 def open_onnx_graphs(
@@ -210,8 +213,11 @@ def require_provider(provider: str) -> None:
         raise UserError(f"this ONNX Runtime has {', '.join(available)}", provider, "install the matching onnxruntime")
 
 
-def open_torch(folder: Path, threads: int, compiled: bool = False, device: str = "cpu") -> TorchRunner:
-    """A model folder in PyTorch; compiled: by inductor, once for all shapes. Sets torch's thread count.
+def open_torch(
+    folder: Path, threads: int, compiled: bool = False, device: str = "cpu", cuda_graphs: bool = False
+) -> TorchRunner:
+    """A model folder in PyTorch; compiled: by inductor, once for all shapes, with CUDA graphs recorded for each. Sets
+    torch's thread count.
 
     Of an encoder-decoder it is the decoder, as `read_spec` gives its face. Raises UserError for a GPU where PyTorch
     finds none.
@@ -224,25 +230,30 @@ def open_torch(folder: Path, threads: int, compiled: bool = False, device: str =
         raise UserError("PyTorch finds no GPU here", device, "install the torch that fits your driver")
     torch.set_num_threads(threads)
     spec = read_spec(folder)
-    return torch_runner(load_model(folder, spec), spec, compiled, device)
+    return torch_runner(load_model(folder, spec), spec, compiled, device, cuda_graphs)
 
 
-def open_torch_pair(folder: Path, threads: int, compiled: bool = False, device: str = "cpu") -> Pair:
+def open_torch_pair(
+    folder: Path, threads: int, compiled: bool = False, device: str = "cpu", cuda_graphs: bool = False
+) -> Pair:
     """An encoder-decoder's folder in PyTorch, its weights loaded once; otherwise as `open_torch`."""
-    spec, decoder = read_spec(folder), open_torch(folder, threads, compiled, device)
+    spec, decoder = read_spec(folder), open_torch(folder, threads, compiled, device, cuda_graphs)
     assert spec.encoder is not None
     model = decoder.call.model  # type: ignore[attr-defined] - of a Traceable, which a compiled one hands on
-    return Pair(torch_runner(model, spec.encoder, compiled, device), decoder, spec)
+    return Pair(torch_runner(model, spec.encoder, compiled, device, cuda_graphs), decoder, spec)
 
 
-def torch_runner(model: Any, spec: IoSpec, compiled: bool = False, device: str = "cpu") -> TorchRunner:
+def torch_runner(
+    model: Any, spec: IoSpec, compiled: bool = False, device: str = "cpu", cuda_graphs: bool = False
+) -> TorchRunner:
     """A loaded model with the face of `spec`."""
     import torch
 
     from export.to_onnx import Traceable
 
     traceable: Any = Traceable(model, spec).eval().to(device)
-    call = torch.compile(traceable, dynamic=True) if compiled else traceable
+    mode = "reduce-overhead" if cuda_graphs and device != "cpu" else "default"  # torch's name for CUDA graphs
+    call = torch.compile(traceable, dynamic=True, mode=mode) if compiled else traceable
     inputs, outputs = (tuple(port.name for port in ports) for ports in (spec.inputs, spec.outputs))
     return TorchRunner(call, inputs, outputs, device)
 

@@ -2,13 +2,11 @@
 Nothing else imports them; building is `to_tensorrt`'s, running `tensorrt_runner`'s.
 """
 
-import functools
-import subprocess
 from types import ModuleType
 from typing import Any
 
 from export.engine_files import Place
-from trainer.environment import gpus
+from trainer.environment import gpu_driver, gpus
 from trainer.errors import UserError
 
 
@@ -29,7 +27,7 @@ def this_place(name: str, library: ModuleType) -> Place:
     """What engines that are built here, or run here, depend on."""
     seen = gpus()
     first = seen[0] if seen else {"compute_capability": None, "name": None}
-    return Place(name, library.__version__, first["compute_capability"], first["name"], _driver() if seen else None)
+    return Place(name, library.__version__, first["compute_capability"], first["name"], gpu_driver() if seen else None)
 
 
 def messages_of(library: ModuleType) -> Any:
@@ -51,13 +49,3 @@ def messages_of(library: ModuleType) -> Any:
             return [message for severity, message in self.lines if severity in grave]
 
     return Messages()
-
-
-@functools.cache
-def _driver() -> str | None:
-    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-    except OSError:
-        return None
-    return done.stdout.split("\n")[0].strip() or None

@@ -270,13 +270,12 @@ def divide_by_roots(model: ir.Model) -> None:
 
 
 def take_softmax_as_it_is(model: ir.Model) -> None:
-    """Leave out torch's exporter's 0 in place of NaN behind attention's softmax, where no row can be NaN.
+    """Remove the exporter's replacement of NaN by 0 behind attention's softmax, where the mask is finite.
 
-    One would be if all its scores were minus infinity. What masks add is the least finite number, so that a row which
-    attends to nothing attends to all alike; its own numbers are padding's. With the two nodes between softmax and
-    product TensorRT makes no single layer of attention (TensorRT-RTX, BERT-base in fp16, two profiles: 407 layers
-    instead of 277), and ONNX Runtime goes over all probabilities twice more (BERT-base in int8, 4 x 512 tokens: a fifth
-    of the time).
+    A row that attends to nothing, as padding's own may, then attends to all alike; a NaN of an overflow is seen. With
+    the two nodes between softmax and product TensorRT makes no single layer of attention (TensorRT-RTX, BERT-base in
+    fp16, two profiles: 407 layers instead of 277), and ONNX Runtime goes over all probabilities twice more (BERT-base
+    in int8, 4 x 512 tokens: a fifth of the time).
     """
     makers = {output: node for node in model.graph for output in node.outputs}
 
@@ -291,8 +290,8 @@ def take_softmax_as_it_is(model: ir.Model) -> None:
         mask = maker(masked.inputs[1], "Where") if masked else None
         if probabilities is None or test is None or mask is None or test.inputs[0] is not probabilities:
             continue
-        added = [value.const_value for value in mask.inputs[1:] if value is not None and value.const_value is not None]
-        if len(added) == 2 and all(np.isfinite(constant.numpy()).all() for constant in added):
+        added = [value.const_value if value is not None else None for value in mask.inputs[1:]]
+        if all(constant is not None and np.isfinite(constant.numpy()).all() for constant in added):
             ir.convenience.replace_all_uses_with(chosen.outputs[0], probabilities)
             model.graph.remove([chosen, test], safe=True)
 

@@ -2,6 +2,7 @@
 Precision is written in the ONNX and read back from the engine by `audit`; running engines is `tensorrt_runner`'s.
 """
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import util
@@ -205,6 +206,7 @@ class _Made:
     graph: Path
     plan: Path
     audited: dict[str, Any]
+    build_s: float
 
 
 def _build_graph(
@@ -213,14 +215,16 @@ def _build_graph(
 ) -> _Made:  # fmt: skip
     """Write the engine of one graph, and hold its layers against the precision of its form."""
     graph = dict(zip(subject.spec.parts, one.files, strict=True))[part]
+    begun_s = time.perf_counter()
     plan, description = builder.build(graph, part, settings, compute_capability, timing)
+    build_s = time.perf_counter() - begun_s
     path = partial / plan_name(one.variant, compute_capability, part.stem)
     path.write_bytes(plan)
     if builder.place.compute_capability == compute_capability:
         description = builder.describe(plan)
     what = f"{subject.name} {one.variant} for {compute_capability}" + (f" ({part.stem})" if part.cross else "")
     audited = audit(what, one.variant, read_layers(description), products(graph), settings.max_wider_share)
-    return _Made(part, what, graph, path, audited)
+    return _Made(part, what, graph, path, audited, build_s)
 
 
 def _describe(
@@ -230,7 +234,8 @@ def _describe(
     """Write the manifests of one form's engines, of an encoder-decoder's each names the other; returns the evidence."""
     evidence = []
     for each in made:
-        about = _about(settings, each.part, one.variant, compute_capability) | {"audit": each.audited}
+        about = _about(settings, each.part, one.variant, compute_capability)
+        about |= {"audit": each.audited, "build_s": each.build_s}
         if len(made) > 1:
             about["beside"] = [hashes(other.plan) for other in made if other is not each]
         write_manifest(each.plan, builder.place, each.graph, about)
@@ -239,7 +244,7 @@ def _describe(
         if builder.place.compute_capability == compute_capability:
             proof = prove(recipe, each.what, subject, each.part, one, each.plan)
             evidence.append(_evidence(f"{kind}parity", *of, proof["metrics"]))
-        _tell(each.what, each.plan, each.audited)
+        _tell(each)
     return evidence
 
 
@@ -333,9 +338,9 @@ def engine_shapes(spec: IoSpec, settings: TensorRT) -> list[dict[str, tuple[tupl
 
 
 def _said(error: Any) -> str:
-    """What a parser says of a node; of an operator that it does not know the text is a bare "false"."""
+    """What a parser says of a node, which of an operator that it does not take is a bare "false"."""
     text, operator = error.desc(), error.node_operator()
-    return f"no {operator}" if text == "false" and operator else text
+    return f"it does not take {operator}" if text == "false" and operator else text
 
 
 def _refused(library: ModuleType, path: Path, compute_capability: str, messages: Any) -> UserError:
@@ -373,11 +378,10 @@ def _evidence(kind: str, variant: str, compute_capability: str, path: Path, metr
     }
 
 
-def _tell(what: str, path: Path, audited: dict[str, Any]) -> None:
-    types = ", ".join(f"{count} in {name}" for name, count in audited["types"].items())
-    Console(highlight=False).print(
-        f"{what}: {path.stat().st_size / 2**20:.1f} MiB; matrix layers read back: {types}", soft_wrap=True
-    )
+def _tell(made: _Made) -> None:
+    types = ", ".join(f"{count} in {name}" for name, count in made.audited["types"].items())
+    size = f"{made.plan.stat().st_size / 2**20:.1f} MiB, built in {made.build_s:.1f} s"
+    Console(highlight=False).print(f"{made.what}: {size}; matrix layers read back: {types}", soft_wrap=True)
 
 
 if __name__ == "__main__":

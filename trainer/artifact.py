@@ -24,7 +24,8 @@ _CHUNK_BYTES = 1 << 20
 _TURN_S = 0.5
 # What file systems say that cannot lock a folder: NFS (flock(2): it needs a file opened for writing), some Lustres.
 _NO_LOCKS = (errno.EBADF, errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
-_VERSIONED = ("lmworks", "torch", "transformers", "accelerate", "tokenizers", "onnx", "onnxruntime", "numpy")
+_VERSIONED = ("lmworks", "torch", "transformers", "accelerate", "tokenizers", "onnx", "onnxruntime", "onnxruntime-gpu",
+              "tensorrt", "tensorrt_rtx", "numpy")  # fmt: skip
 
 
 @contextlib.contextmanager

@@ -1,6 +1,7 @@
 """What a run stood on: versions, processor, GPUs, git state, and the command that gives it again.
 Judging whether that is enough is `doctor`'s business; nothing here imports torch before it is asked about GPUs."""
 
+import functools
 import os
 import platform
 import re
@@ -16,7 +17,7 @@ import psutil
 from trainer.artifact import versions
 
 _CHECKOUT = Path(__file__).resolve().parents[1]
-_ALSO_VERSIONED = ("deepspeed", "onnxruntime-gpu", "onnxscript", "safetensors", "pydantic")
+_ALSO_VERSIONED = ("deepspeed", "onnxscript", "safetensors", "pydantic")
 # Only variables that change speed, numbers or placement. A list of what to take, because a list of what to leave out
 # would one day miss a token.
 _VARIABLES = (
@@ -119,6 +120,17 @@ def gpus() -> list[dict[str, Any]]:
         }
         for gpu in seen
     ]
+
+
+@functools.cache
+def gpu_driver() -> str | None:
+    """Version of NVIDIA's driver; None where there is none."""
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError:
+        return None
+    return done.stdout.split("\n")[0].strip() or None
 
 
 def apex_kind() -> Literal["absent", "other", "without kernels", "nvidia"]:

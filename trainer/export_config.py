@@ -211,6 +211,8 @@ class Bench(Section):
     )
     """ONNX Runtime's; with another than the CPU's, PyTorch's rows run on the GPU too, as engines always do. Rows of a
     graph of which a node ran elsewhere, other than those that reckon with shapes, are refused."""
+    cuda_graphs: bool = False
+    """Record the call of each shape on the GPU once and replay it: engines and torch.compile."""
     threads: PositiveInt | None = None
     """CPU threads for every backend; by default the number of physical cores."""
     window_s: Positive = 0.3
@@ -232,6 +234,12 @@ class Bench(Section):
         others = set(self.load.backends or ()) - set(self.backends) if self.load else set()
         if others:
             raise ValueError(f"load.backends has {', '.join(sorted(others))}, which backends has not")
+        return self
+
+    @model_validator(mode="after")
+    def _cuda_graphs_are_a_gpus(self) -> "Bench":
+        if self.cuda_graphs and self.provider == "CPUExecutionProvider":
+            raise ValueError("cuda_graphs are a GPU's: set provider to one, or leave it out")
         return self
 
     @model_validator(mode="after")

@@ -126,7 +126,7 @@ def makers(graph, name):
         if name not in by_output:
             break
         kinds.add(by_output[name].op_type)
-        name = by_output[name].input[-1 if by_output[name].op_type == "Where" else 0]
+        name = by_output[name].input[0]
     return kinds
 
 

@@ -9,10 +9,15 @@ import onnx
 import pytest
 from onnx import TensorProto, external_data_helper, helper, numpy_helper
 
+from export import verify
+from export.export import copy_companions, export_model
 from export.hostile import check_folder, check_graph, data_files
 from export.verified import examine
+from tests.export.conftest import GATES
 from trainer.artifact import hash_file, hash_tree, read_artifact, write_json
+from trainer.config import Recipe
 from trainer.errors import UserError
+from trainer.export_config import Export
 
 
 def graph(*nodes, constants=()) -> onnx.ModelProto:
@@ -208,6 +213,34 @@ def test_folders_with_links_or_pipes_are_refused(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(UserError, match="pipe is no plain file"):
         check_folder(tmp_path)
+
+
+def test_no_file_of_this_machine_is_copied_into_an_export(model_folder, documents, tmp_path):
+    """A model's folder may hold links within itself, as the hub's cache does, and none to elsewhere."""
+    revision, blobs = tmp_path / "models--m" / "snapshots" / "abc", tmp_path / "models--m" / "blobs"
+    shutil.copytree(model_folder("bert"), revision)
+    blobs.mkdir()
+    for number, file in enumerate(list(revision.iterdir())):
+        file.rename(blobs / str(number))
+        file.symlink_to(Path("../../blobs", str(number)))
+    (tmp_path / "out").mkdir()
+    copy_companions(revision, tmp_path / "out")
+    assert (tmp_path / "out" / "config.json").is_file() and not (tmp_path / "out" / "config.json").is_symlink()
+    (tmp_path / "secret").write_text("secret")
+    (revision / "notes.txt").symlink_to(tmp_path / "secret")
+    settings = Export.model_validate(GATES | {"variants": ["fp32"]})
+    with pytest.raises(UserError, match=r"notes.txt is a link to .*secret\nNeeded: files of the model's own folder"):
+        export_model(Recipe(run_dir=tmp_path), settings, "m", revision, documents)
+    assert not (tmp_path / "export" / "m").exists()
+
+
+def test_a_hostile_export_is_not_verified(exported_folder, model_folder, tmp_path):
+    folder = tmp_path / "export" / "m"
+    shutil.copytree(exported_folder("bert"), folder)
+    with_external(folder, location="../secret").rename(folder / "model.onnx")
+    recipe = Recipe.model_validate({"run_dir": tmp_path, "export": GATES | {"models": {"m": model_folder("bert")}}})
+    with pytest.raises(UserError, match=r"the data of w is in '\.\./secret'"):
+        verify.run(recipe, "export")
 
 
 def test_a_hostile_export_is_not_packed_or_built_from(exported_folder, tmp_path):

@@ -7,12 +7,14 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import onnx
 import pytest
+import torch
 from onnx import numpy_helper
 
-from export import bench, prompts, rebuild
+from export import bench, bench_table, bench_worker, prompts, rebuild, runners
 from export.audit import audit, read_layers
 from export.engine_files import Place, check_place, manifest_of, plan_name, read_manifest, write_manifest
 from export.io_spec import read_spec
@@ -237,6 +239,36 @@ def test_the_benchmark_and_generate_open_engines_by_the_same_loader(exported, pl
     (exported / "model.onnx").write_bytes(b"another")
     (row, _) = bench.measure_backend(subject, "tensorrt_fp32", settings, 1, tmp_path)["rows"]
     assert row["reason"] == "model.onnx is not the file that passed parity"
+
+
+def test_a_recorded_engine_and_a_recorded_compiled_model_are_asked_for_by_one_key(model_folder, monkeypatch, tmp_path):
+    """The benchmark's job hands it to the engine's opener, and to torch.compile on a GPU alone."""
+    with pytest.raises(ValueError, match="cuda_graphs are a GPU's: set provider to one, or leave it out"):
+        Bench(cuda_graphs=True)
+    settings = Bench(cuda_graphs=True, provider="CUDAExecutionProvider", backends=("compile", "tensorrt_fp32"))
+    spec = read_spec(model_folder("bert"))
+    subject = bench.Subject("m", tmp_path, tmp_path, spec, tmp_path / "none.npz", 0, 0)
+    job = bench.job_of(subject, "tensorrt_fp32", settings, 1)
+    seen = []
+    monkeypatch.setattr(rebuild, "open_fitting", lambda *given: seen.append(given) or SimpleNamespace(run=len))
+    bench_worker.open_cold(job, {})
+    assert seen == [(tmp_path, "fp32", True)]
+    monkeypatch.setattr(torch, "compile", lambda module, **options: seen.append(options))
+    for device in ("cpu", "meta"):
+        runners.torch_runner(torch.nn.Linear(1, 1), spec, True, device, cuda_graphs=True)
+    assert [one["mode"] for one in seen[1:]] == ["default", "reduce-overhead"]
+
+
+def test_a_terminal_tells_how_long_an_engine_was_built(capsys):
+    engine = {"plan": "/x/model_fp16_sm89.plan", "file_mib": 12.34, "instead": ""}
+    row = {"model": "m", "backend": "tensorrt_fp16", "batch_size": 1, "sequence_length": 8, "lengths": "full",
+           "status": "ok", "engines": [engine | {"build_s": 3.21}]}  # fmt: skip
+    noise = {"relative": None, "reason": "no row is stable"}
+    report = {"rows": [row, row], "machine": {"cpu": "c", "threads": 1}, "noise": noise, "quality": [], "decode": [],
+              "load": [], "no_energy": []}  # fmt: skip
+    bench_table.show(report)
+    said = capsys.readouterr().out
+    assert said.count("m tensorrt_fp16: model_fp16_sm89.plan of 12.3 MiB, built in 3.2 s\n") == 1
 
 
 def test_engines_are_measured_beside_what_runs_on_a_gpu():

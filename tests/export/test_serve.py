@@ -133,23 +133,22 @@ def test_requests_share_calls_and_answers_do_not_mix(clients, client):
     for text, (answer,) in zip(asked, answers, strict=True):
         assert [one["token"] for one in answer] == [one["token"] for one in alone[text][0]]
         assert_same_scores(answer, alone[text][0])
-    texts, executions = (now - then for now, then in zip(calls(grpc, "gpt2"), before, strict=True))
+    after = calls(grpc, "gpt2", before[0] + len(asked))
+    texts, executions = (now - then for now, then in zip(after, before, strict=True))
     assert texts == len(asked) and executions < texts
 
 
-def calls(grpc, model) -> tuple[int, int]:
-    """Texts that a model has seen, and calls that it took: read until they stand still, as a server counts a request
-    after it has answered it."""
-
-    def read() -> tuple[int, int]:
+def calls(grpc, model, texts=0) -> tuple[int, int]:
+    """Texts that a model has seen, so many at least, and calls that it took: read until they stand still, as a server
+    counts a request after it has answered it."""
+    end, before = time.monotonic() + 10, None
+    while True:
         (stats,) = grpc.get_inference_statistics(model, as_json=True)["model_stats"]
-        return int(stats["inference_count"]), int(stats["execution_count"])
-
-    before, now = None, read()
-    while now != before:
-        time.sleep(0.2)
-        before, now = now, read()
-    return now
+        seen = int(stats["inference_count"]), int(stats["execution_count"])
+        if (seen == before and seen[0] >= texts) or time.monotonic() > end:
+            return seen
+        before = seen
+        time.sleep(0.3)
 
 
 def test_texts_without_an_answer_are_refused_by_name(clients, client):

@@ -1,5 +1,7 @@
 """Forms of a graph: what is quantized, what stays in fp32 because real text overflows, and what is refused."""
 
+from collections import Counter
+
 import numpy as np
 import onnx
 import onnxruntime
@@ -140,7 +142,7 @@ def test_a_text_of_nothing_but_padding_harms_no_other(name, form, model_folder, 
     ids = np.arange(5, 20)
     inputs = spec.pad([ids, ids, ids], 15)
     inputs["attention_mask"][1], inputs["attention_mask"][2, :6] = 0, 0
-    if form == "bf16":  # ONNX Runtime's CPU provider has none
+    if form in ("fp16", "bf16"):  # ONNX Runtime's CPU provider computes in fp32, or not at all
         made = ReferenceEvaluator(str(path)).run(["logits"], inputs)[0]
     else:
         made = open_onnx(path, 1).run(inputs)["logits"]
@@ -155,9 +157,11 @@ def test_a_text_of_nothing_but_padding_harms_no_other(name, form, model_folder, 
 def test_tokens_far_on_are_turned_in_fp32(form, model_folder, raw_graph, tmp_path):
     """In bf16 no odd number above 256 is left, and in fp16 angles above 1024 are whole: positions would be others."""
     raw, path = raw_graph("llama"), tmp_path / "low.onnx"
-    names = lower(raw, path, form, set())
-    left = {node.op_type for node in onnx.load(raw).graph.node if node.name in names}
-    assert {"Sin", "Cos", "Sqrt", "Div"} <= left and not {"Softmax", "Sigmoid", "MatMul"} & left
+    names = lower(raw, path, form, set())  # no text, as none of it is padding
+    left = Counter(node.op_type for node in onnx.load(raw).graph.node if node.name in names)
+    assert left == {"Cast": 1, "Concat": 1, "Sin": 1, "Cos": 1, "Mul": 1} | dict.fromkeys(
+        ("Pow", "ReduceMean", "Add", "Sqrt", "Div"), 5
+    )
     inputs = read_spec(model_folder("llama")).pad([np.arange(5, 20)], 15)
     far = inputs | {"position_ids": inputs["position_ids"] + 5001}
     source = open_onnx(raw, 1).run(far)["logits"]
@@ -183,8 +187,9 @@ def test_a_norms_epsilon_is_that_of_the_model_in_fp16(name, model_folder, tmp_pa
     epsilons = {one.f for node in norms for one in node.attribute if one.name == "epsilon"}
     assert norms and epsilons == {np.float32(1e-6)}
     inputs = spec.pad([np.arange(5, 20)], 15)
-    (first, made), (_, source) = (next(iter(open_onnx(one, 1).run(inputs).items())) for one in (path, raw))
-    assert np.sqrt(np.square(made - source).mean() / np.square(source).mean()) < 0.004, first
+    output = spec.outputs[0].name
+    made, source = open_onnx(path, 1).run(inputs)[output], open_onnx(raw, 1).run(inputs)[output]
+    assert np.sqrt(np.square(made - source).mean() / np.square(source).mean()) < Parity().fp16.relative_rms / 2
 
 
 def quantization_scales(path):
@@ -244,10 +249,7 @@ def test_int4_holds_every_matrix_in_blocks_and_tables_in_int8(raw_graph, tmp_pat
     blocks = [node for node in graph.node if node.op_type == "MatMulNBits"]
     assert len(blocks) == 2 * 7 + 1  # and the head, which is untied
     assert not [node.name for node in graph.node if node.op_type == "MatMul" and node.input[1] in constants]
-    assert {one.data_type for one in graph.initializer if one.dims[:1] == [VOCABULARY] and len(one.dims) == 2} == {
-        TensorProto.INT8,
-        TensorProto.FLOAT,
-    }  # integers, and a scale a row
-    assert (
-        max(one.dims[1] for one in graph.initializer if one.data_type == TensorProto.FLOAT and len(one.dims) == 2) == 1
-    )
+    held = {one.name: one for one in graph.initializer}
+    table, scales = (held[f"model.model.embed_tokens.weight_table_{part}"] for part in ("quantized", "scale"))
+    assert table.data_type == TensorProto.INT8 and scales.dims == [VOCABULARY, 1]
+    assert "model.model.embed_tokens.weight" not in held

@@ -1,6 +1,7 @@
 """`verify export`: honest exports pass again, a fault is found in the file that holds it and named by its node."""
 
 import json
+import re
 import shutil
 
 import numpy as np
@@ -14,9 +15,13 @@ from export.cases import full_rows
 from export.dynamic import quantize
 from export.io_spec import read_spec
 from export.to_onnx import export_graph, load_model
+from tests.export.conftest import GATES
+from tests.export.test_parity import ignore_mask
 from tests.export.test_variants import plant_overflow
 from trainer.__main__ import main
 from trainer.artifact import hash_file
+from trainer.config import Recipe
+from trainer.export_config import Export
 
 
 @pytest.fixture(scope="module")
@@ -138,6 +143,44 @@ def test_the_verb_holds_what_was_exported_against_its_source(bert, model_folder,
     before = hash_file(exported)
     assert main(["verify", "export", str(recipe), "export.variants=[fp32]", "--bisect"]) == 1
     said = capsys.readouterr().err
-    assert "m fp32 (model.onnx): case " in said and f"first departure: node {readers[0]} (LayerNorm" in said
+    assert "m fp32 (model.onnx): case " in said
+    assert f"first departure, in case 2x16: node {readers[0]} (LayerNorm" in said
     assert hash_file(exported) == before and [file.name for file in exported.parent.iterdir()] == ["model.onnx"]
     assert main(["verify", "resume", str(recipe), "--bisect"]) == 2
+
+
+def swap_pasts(graph):
+    """Each layer of two reads the keys that the other one made."""
+    names = [f"past_key_values.{layer}.key" for layer in (0, 1)]
+    for node in graph.node:
+        for index, name in enumerate(node.input):
+            if name in names:
+                node.input[index] = names[1 - names.index(name)]
+
+
+@pytest.mark.parametrize(
+    ("name", "form", "fault", "case"),
+    [
+        ("bert", "fp32", ignore_mask, r"\dx\d+"),
+        ("gpt2", "fp32", ignore_mask, r"\dx\d+"),
+        ("gpt2", "fp32", swap_pasts, r"\dx\d after \d+( padded \w+)?"),
+        ("gpt2", "int8", swap_pasts, r"1x\d after \d+"),
+    ],
+)
+def test_a_fault_that_needs_padding_or_a_past_is_named(
+    name, form, fault, case, model_folder, exported_folder, tmp_path
+):
+    """On a batch that has neither, nothing departs; the int8 form has attention as one node."""
+    exported = tmp_path / "export" / "m"
+    shutil.copytree(exported_folder(name), exported)
+    file = exported / {"fp32": "model.onnx", "int8": "model_quantized.onnx"}[form]
+    model = onnx.load(file)
+    fault(model.graph)
+    onnx.save(model, file)
+    settings = Export.model_validate(GATES)
+    rows = {
+        row["variant"]: row
+        for row in verify.verify_model(Recipe(run_dir=tmp_path), settings, "m", model_folder(name), bisect=True)
+    }
+    assert not rows[form]["passed"]
+    assert re.search(rf"first departure, in case {case}: node \w+ ", rows[form]["found"]), rows[form]["found"]
