@@ -35,6 +35,7 @@ from export.noise import compare
 from export.provider_audit import Audit
 from export.roofline import limit_of, work_of
 from export.runners import CPU_PROVIDER, process_environment, require_provider, usable_threads
+from export.variants import check_bf16
 from export.windows import MIN_CPU_SHARE, Settings
 from trainer.__main__ import stage_main
 from trainer.artifact import ARTIFACT_FILE, content_hash, read_artifact, versions, write_json
@@ -77,6 +78,8 @@ def run(recipe: Recipe) -> None:
         raise UserError("there is no model to measure", "pretrain, distill or export.models", "name one in the recipe")
     if set(settings.backends) & set(ONNX_FILES):
         require_provider(settings.provider)
+    if "onnx_bf16" in settings.backends:
+        check_bf16(settings.provider)
     threads = settings.threads or usable_threads()
     report: dict[str, Any] = {
         "machine": describe_machine(threads, settings.provider),

@@ -17,9 +17,10 @@ from export.files import data_file, size_mib
 from export.front import Form, choose, measure_form, timed_inputs
 from export.gates import Gates, TaskGate
 from export.io_spec import IoSpec, read_spec
+from export.precision import runnable
 from export.runners import OnnxRunner, open_onnx, open_onnx_graphs, together, usable_threads
 from export.to_onnx import export_graph, load_model
-from export.variants import TRIED, check_variant, check_variants, make_variant
+from export.variants import TRIED, check_tried, check_variants, make_variant
 from trainer.__main__ import stage_main
 from trainer.artifact import hash_tree, staging, write_artifact
 from trainer.config import Recipe
@@ -151,7 +152,8 @@ def _write_graph(
     spec = gates.spec
     file, raw = partial / spec.file(variant), partial / spec.file("fp32")
     made = make_variant(variant, raw, file, lambda: gates.calibration, settings.calibration, settings.provider)
-    runner = open_onnx(file, usable_threads(), settings.provider)
+    with runnable(file, settings.provider) as opened:
+        runner = open_onnx(opened, usable_threads(), settings.provider)
     passed = gates.check(f"{name} {variant} ({file.name})", variant, file, runner)
     return runner, [proof | made for proof in passed]
 
@@ -170,7 +172,7 @@ def _choose_forms(
     timed, inputs = timed_inputs(documents, spec)
 
     def attempt(variant: Precision) -> Form:
-        check_variant(name, spec, variant, settings.provider)
+        check_tried(name, spec, variant, settings.provider)
         files = [folder / file for file in spec.files(variant)]
         proofs[variant] = make(variant)
         again = lambda: open_onnx_graphs(files, spec, usable_threads(), settings.provider)  # noqa: E731

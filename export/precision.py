@@ -2,7 +2,9 @@
 Inputs and outputs stay fp32, so that one face serves every form. Whether a form is good enough is the gate's decision.
 """
 
-from collections.abc import Iterable, Mapping
+import contextlib
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,7 +14,9 @@ from onnx import TensorProto, helper, numpy_helper
 
 from export.cases import Case
 from export.files import save_graph
+from export.io_spec import IoSpec
 from export.probe import MOST_TOKENS, Probe
+from export.runners import CPU_PROVIDER, Pair, Runner, open_onnx_graphs
 from trainer.errors import GateFailed, UserError
 
 # A value may become so much larger on other text than it was on the calibration's (assumed).
@@ -100,6 +104,59 @@ def lower(raw: Path, lowered: Path, precision: str, kept: set[str]) -> set[str]:
     work.finish()
     save_graph(model, lowered)
     return work.left
+
+
+@contextlib.contextmanager
+def runnable(file: Path, provider: str) -> Iterator[Path]:
+    """The file of a form, or what stands for it where the provider cannot run it: bf16 on the CPU, whose numbers
+    another graph computes in fp32 and rounds wherever the form holds bf16."""
+    with tempfile.TemporaryDirectory() as scratch:
+        if provider != CPU_PROVIDER or not _holds(file, TensorProto.BFLOAT16):
+            yield file
+        else:
+            twin = Path(scratch, file.name)
+            _write_rounding(file, twin)
+            yield twin
+
+
+def open_form(files: Sequence[Path], spec: IoSpec, threads: int, provider: str = CPU_PROVIDER) -> Runner | Pair:
+    """What `open_onnx_graphs` gives, of a form that the provider may be unable to run."""
+    with contextlib.ExitStack() as stack:
+        opened = [stack.enter_context(runnable(file, provider)) for file in files]
+        return open_onnx_graphs(opened, spec, threads, provider)
+
+
+def _holds(file: Path, kind: int) -> bool:
+    return any(one.data_type == kind for one in onnx.load(file, load_external_data=False).graph.initializer)
+
+
+def _write_rounding(file: Path, twin: Path) -> None:
+    types, model = element_types(file), onnx.load(file)
+    graph, nodes = model.graph, []
+    for weight in graph.initializer:
+        if weight.data_type == TensorProto.BFLOAT16:
+            weight.CopyFrom(_widened(weight))
+    for node in graph.node:
+        for attribute in node.attribute:
+            if attribute.name == "to" and attribute.i == TensorProto.BFLOAT16:
+                attribute.i = TensorProto.FLOAT
+            elif attribute.name == "value" and attribute.t.data_type == TensorProto.BFLOAT16:
+                attribute.t.CopyFrom(_widened(attribute.t))
+        nodes.append(node)
+        for index, name in enumerate(node.output):
+            if types.get(name) == TensorProto.BFLOAT16:
+                exact, rounded = f"{name}_exact", f"{name}_rounded"
+                node.output[index] = exact
+                nodes.append(helper.make_node("Cast", [exact], [rounded], name=rounded, to=TensorProto.BFLOAT16))
+                nodes.append(helper.make_node("Cast", [rounded], [name], name=f"{name}_widened", to=TensorProto.FLOAT))
+    copies = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
+    del graph.node[:], graph.value_info[:]
+    graph.node.extend(copies)
+    save_graph(model, twin)
+
+
+def _widened(weight: onnx.TensorProto) -> onnx.TensorProto:
+    return numpy_helper.from_array(numpy_helper.to_array(weight).astype(np.float32), weight.name)
 
 
 def _without_form(model: onnx.ModelProto, low: int) -> set[str]:

@@ -23,7 +23,7 @@ class Probe:
 
     def __init__(self, path: Path, threads: int) -> None:
         model = onnx.load(path, load_external_data=False)
-        inner = [name for node in model.graph.node for name in node.output if name]
+        inner = [name for node in model.graph.node if not _makes_bf16(node) for name in node.output if name]
         declared = {value.name for value in model.graph.output}
         model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in inner if name not in declared)
         opened = path.with_name(f".probe-{path.name}")
@@ -37,6 +37,11 @@ class Probe:
     def run(self, inputs: Mapping[str, np.ndarray]) -> Arrays:
         """Every node's outputs by name, whatever their types."""
         return dict(zip(self.names, self.session.run(None, dict(inputs)), strict=True))
+
+
+def _makes_bf16(node: onnx.NodeProto) -> bool:
+    """Whether a node of `precision`'s rounding graph puts out what numpy has no type for."""
+    return any(one.name == "to" and one.i == onnx.TensorProto.BFLOAT16 for one in node.attribute)
 
 
 def _open(path: Path, threads: int) -> Any:

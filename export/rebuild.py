@@ -28,7 +28,8 @@ from export.engine_files import (
 from export.engine_proof import prove_engine
 from export.files import is_the_one
 from export.io_spec import IoSpec, read_spec
-from export.runners import Pair, Runner, open_onnx_graphs, together, usable_threads
+from export.precision import open_form
+from export.runners import Pair, Runner, together, usable_threads
 from export.tensorrt_library import load_library, this_place
 from export.tensorrt_runner import open_engine
 from export.to_tensorrt import Builder, products
@@ -190,7 +191,7 @@ def _hold(origin: Origin, plan: Path) -> dict[str, Any] | None:
         return None
     spec = origin.spec
     tolerance = Tolerance.model_validate(origin.proof["thresholds"])
-    source = open_onnx_graphs([origin.file(proof) for proof in origin.sources], spec, usable_threads())
+    source = open_form([origin.file(proof) for proof in origin.sources], spec, usable_threads())
     text = stdlib_documents(origin.exported)
     return prove_engine(plan.name, spec, open_engine(plan, spec), source, text, Parity(), tolerance)["metrics"]
 

@@ -19,8 +19,9 @@ from export.engine_files import Place, plan_name, write_manifest
 from export.engine_proof import prove_engine
 from export.files import hashes
 from export.io_spec import BATCH, ENCODED, PAST, SEQUENCE, IoSpec, Port
+from export.precision import open_form
 from export.profiles import shape_of
-from export.runners import open_onnx_graphs, usable_threads
+from export.runners import usable_threads
 from export.tensorrt_library import load_library, messages_of, this_place
 from export.tensorrt_runner import open_engine
 from export.verified import Subject, Verified, subjects
@@ -253,7 +254,7 @@ def prove(recipe: Recipe, what: str, subject: Subject, part: IoSpec, one: Verifi
     the fp32 graph (or of its own, where there is none). GateFailed where it does not."""
     parity, graphs = (recipe.export or Export()).parity, subject.spec.parts
     sources = dict(zip(graphs, subject.variants.get("fp32", one).files, strict=True))
-    source = open_onnx_graphs([sources[each] for each in part.parts], part, usable_threads())
+    source = open_form([sources[each] for each in part.parts], part, usable_threads())
     engine = open_engine(plan, part, dict(zip(graphs, one.files, strict=True))[part])
     documents = load_documents(recipe, subject.folder)
     return prove_engine(what, part, engine, source, documents, parity, getattr(parity, one.variant), recipe.seed)

@@ -17,9 +17,10 @@ from export.decoding_graph import has_room
 from export.gates import Gates, TaskGate
 from export.hostile import check_graph
 from export.io_spec import IoSpec, read_spec
-from export.runners import open_onnx, open_onnx_graphs, usable_threads
+from export.precision import open_form, runnable
+from export.runners import CPU_PROVIDER, open_onnx, usable_threads
 from export.to_onnx import export_graph, load_model
-from export.variants import TRIED, check_variant, check_variants, make_variant
+from export.variants import TRIED, check_tried, check_variants, make_variant
 from trainer.artifact import ARTIFACT_FILE, read_artifact, write_json
 from trainer.config import Recipe
 from trainer.environment import launch_command
@@ -79,7 +80,7 @@ def _check_whole(
     settings: Export, name: str, spec: IoSpec, gate: TaskGate, variant: Precision, files: list[Path]
 ) -> list[dict[str, Any]]:
     """Evidence of an encoder-decoder's two graphs together, on what it is for."""
-    runner = open_onnx_graphs(files, spec, usable_threads(), settings.provider)
+    runner = open_form(files, spec, usable_threads(), settings.provider)
     return gate.check(f"{name} {variant}", variant, files, runner)
 
 
@@ -117,14 +118,15 @@ def _wanted(settings: Export, name: str, spec: IoSpec, exported: Path) -> tuple[
     possible = []
     for variant in TRIED:
         with contextlib.suppress(UserError):
-            check_variant(name, spec, variant, settings.provider)
+            check_tried(name, spec, variant, settings.provider)
             possible.append(variant)
     return tuple(possible)
 
 
 def _check_graph(settings: Export, name: str, gates: Gates, variant: Precision, file: Path) -> list[dict[str, Any]]:
     check_graph(file)
-    runner = open_onnx(file, usable_threads(), settings.provider)
+    with runnable(file, settings.provider) as opened:
+        runner = open_onnx(opened, usable_threads(), settings.provider)
     return gates.check(f"{name} {variant} ({file.name})", variant, file, runner)
 
 
@@ -144,10 +146,11 @@ def _where(gates: Gates, variant: Precision, raw: Path, file: Path) -> str:
     cases = gates.probed()
     full = [case for case in cases if case.mask.all()]
     # Of padding itself the numbers are others where attention is ONNX Runtime's node, and in PyTorch.
-    for case in full if has_room(file) else cases:
-        found = first_departure(raw, file, case.inputs, limit, usable_threads())
-        if found is not None:
-            return f"first departure, in case {case.name}: {found}"
+    with runnable(file, CPU_PROVIDER) as probed:
+        for case in full if has_room(file) else cases:
+            found = first_departure(raw, probed, case.inputs, limit, usable_threads())
+            if found is not None:
+                return f"first departure, in case {case.name}: {found}"
     model = load_model(gates.folder, spec)
     for case in full:
         module = first_module(model, spec, raw, case.inputs, raw_limit, usable_threads())

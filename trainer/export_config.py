@@ -159,8 +159,8 @@ class Export(Section):
     """What is shipped; `fp32` is held first in any case. `fp32_fused` is `fp32` in ONNX Runtime's own nodes, for
     decoding on the CPU, in a file of its own, as `fp32` is what engines are built of. `int8` quantizes activations as
     they come, `int8_static` by ranges from `calibration`; `int4` is weights only, for models that generate text. `bf16`
-    needs a provider that runs it. `fp8` is for TensorRT: ONNX Runtime rounds to it and multiplies in fp32. auto tries
-    all but that and `fp32_fused` that this machine can run, and keeps those that pass the gates and are not beaten by
+    and `fp8` are for GPUs and engines: on the CPU the gates run products in fp32, rounded alike. auto tries all
+    but `fp8` and `fp32_fused` that this machine can run, and keeps those that pass the gates and are not beaten by
     another in quality, latency and size at once, beyond their noise."""
     provider: Literal["CPUExecutionProvider", "CUDAExecutionProvider"] = "CPUExecutionProvider"
     """ONNX Runtime's, on which the gates run."""

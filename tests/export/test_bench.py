@@ -187,6 +187,12 @@ def test_a_provider_that_is_not_installed_stops_before_anything_is_measured(expo
     assert type(caught.value) is UserError
 
 
+def test_bf16_is_not_measured_where_nothing_runs_it(exported, model_folder):
+    """Its export can be had, as the gates round in fp32; a speed cannot."""
+    with pytest.raises(UserError, match=r"bf16.onnx does not open on CPUExecutionProvider: .*Add"):
+        stage.run(make_recipe(exported, model_folder("bert"), backends=["onnx_bf16"]))
+
+
 def test_without_a_stable_row_there_is_no_noise(monkeypatch, tmp_path):
     monkeypatch.setattr(stage, "run_worker", None)
     row = {"model": "m", "backend": "eager", "status": "unstable", "p50_ms": 1.0}

@@ -7,6 +7,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from ml_dtypes import bfloat16
 from onnx import TensorProto, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
@@ -15,9 +16,10 @@ from export.cases import make_cases
 from export.dynamic import quantize
 from export.io_spec import read_spec
 from export.parity import check_parity
-from export.precision import check_overflow, lower, measure_ranges, overflowing
+from export.precision import check_overflow, element_types, lower, measure_ranges, overflowing, runnable
+from export.probe import Probe
 from export.quantize import quantize_by_ranges, quantize_weights
-from export.runners import open_onnx, open_torch
+from export.runners import CPU_PROVIDER, open_onnx, open_torch
 from export.to_onnx import export_graph, load_model
 from tests.export.conftest import VOCABULARY
 from trainer.errors import GateFailed
@@ -112,18 +114,23 @@ def test_ranges_are_the_largest_magnitudes_of_the_text(bert):
 
 @pytest.mark.parametrize("name", ["bert", "modernbert", "gpt2", "llama"])
 def test_bf16_has_bf16s_error(name, model_folder, raw_graph, tmp_path):
-    """ONNX Runtime's CPU provider has no bf16: onnx's own evaluator runs it."""
+    """ONNX Runtime's CPU provider has none: onnx's own evaluator runs it, and the gates a graph that rounds to it."""
     spec = read_spec(model_folder(name))
     lower(raw_graph(name), tmp_path / "low.onnx", "bf16", set())
     onnx.checker.check_model(tmp_path / "low.onnx", full_check=True)
     assert matrices(tmp_path / "low.onnx") == {TensorProto.BFLOAT16}
     inputs = spec.pad([np.arange(5, 20), np.arange(30, 37)], 15)
     source = open_onnx(raw_graph(name), 1).run(inputs)["logits"]
-    actual = ReferenceEvaluator(str(tmp_path / "low.onnx")).run(["logits"], inputs)[0]
-    assert actual.dtype == np.float32
-    real = inputs["attention_mask"] == 1
-    error = np.sqrt(np.square(actual - source)[real].mean() / np.square(source)[real].mean())
-    assert 1e-4 < error < Parity().bf16.relative_rms
+    with runnable(tmp_path / "low.onnx", CPU_PROVIDER) as opened:
+        rounded, inner = open_onnx(opened, 1).run(inputs)["logits"], Probe(opened, 1).run(inputs)
+    for actual in (ReferenceEvaluator(str(tmp_path / "low.onnx")).run(["logits"], inputs)[0], rounded):
+        assert actual.dtype == np.float32
+        real = inputs["attention_mask"] == 1
+        error = np.sqrt(np.square(actual - source)[real].mean() / np.square(source)[real].mean())
+        assert 1e-4 < error < Parity().bf16.relative_rms
+    held = [name for name, type in element_types(tmp_path / "low.onnx").items() if type == TensorProto.BFLOAT16]
+    values = [inner[name] for name in held if name in inner]
+    assert len(values) > 50 and all((value == value.astype(bfloat16).astype(np.float32)).all() for value in values)
 
 
 @pytest.mark.parametrize("name", ["bert", "llama"])
