@@ -17,6 +17,9 @@ from trainer.errors import GateFailed
 # (kgen, shape_call, shuffle …) move and add. `gemv_mha` is attention of a single new token.
 _MATRIX_KINDS = re.compile(r"gemm|matrix|fc|conv|fusion|mha|attention", re.IGNORECASE)
 _MATRIX_NAMES = re.compile(r"_+(gemm|gemv|mha|myl_Fc)")
+# Attention as one layer reads, beside its factors, what is added to scores, in fp32: a mask or T5's distances, batch x
+# heads x queries x keys. Queries, keys and values that are no cache have batch and heads in one axis, or one row alone.
+_ATTENTION, _AXES_OF_SCORES = "_mha_", 4
 # A cache is fp32 at the graph's face in every form. A layer of attention that reads it directly holds the graph's cast
 # of it, too, so that the cache's type tells nothing of the product's.
 _CACHE = re.compile(r"past_key_values\.\d+\.(\w+\.)?(key|value)( \[profile \d+\])?")
@@ -92,6 +95,8 @@ class Layer:
     def types(self) -> set[str]:
         """Types of what is multiplied: the weights, or of two activations both. A mask or an index is no factor."""
         factors = self.weights or self.inputs
+        if _ATTENTION in self.name and not self.weights:
+            factors = [one for one in self.inputs if one.is_cache or len(one.dims) != _AXES_OF_SCORES] or self.inputs
         telling = [one for one in factors if not one.is_cache] or factors
         return {one.type for one in telling} - {"bool", "int32", "int64"}
 

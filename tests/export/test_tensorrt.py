@@ -123,9 +123,18 @@ def test_attention_is_one_layer_of_an_engine(kind, config, builder, documents, t
     settings = Export.model_validate(GATES | {"variants": ["fp16"], "parity": gates})
     folder = export_model(Recipe(run_dir=tmp_path), settings, "m", tmp_path / "model", documents)
     for part in read_spec(tmp_path / "model").parts:
-        _, description = builder.build(folder / f"{part.stem}_fp16.onnx", part, SETTINGS, "8.9")
-        attention = [layer for layer in read_layers(description) if "mha" in layer.name]
+        graph = folder / f"{part.stem}_fp16.onnx"
+        _, description = builder.build(graph, part, SETTINGS, "8.9")
+        layers = read_layers(description)
+        attention = [layer for layer in layers if "mha" in layer.name]
         assert len(attention) == (4 if part.encoder else 2) * len(SETTINGS.profiles)
+        assert set(audit("m", "fp16", layers, products(graph), 0.0)["types"]) == {"fp16"}
+        read = [one.type for layer in attention for one in layer.inputs]
+        assert "fp32" in read or "bool" in read  # what is added to scores, or chooses them, tells no factor's type
+        wide = [replace(layer, inputs=tuple(replace(one, type="fp32") if one.type == "fp16" else one
+                                            for one in layer.inputs)) for layer in attention]  # fmt: skip
+        with pytest.raises(GateFailed, match="m: asked fp16, 100% of matrix layers run fp32, such as _ge.._mha"):
+            audit("m", "fp16", wide, [], 0.0)
 
 
 def assert_profiles_are_in_the_engine(description, spec):
