@@ -14,7 +14,7 @@ import transformers as hf
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from export.bench_inputs import quality_batches
-from export.io_spec import read_spec
+from export.io_spec import TASKS, read_spec
 from export.to_onnx import export_graph, load_model
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
@@ -85,6 +85,23 @@ PAIRS = {
     "mt5": (hf.MT5ForConditionalGeneration, lambda: hf.MT5Config(**_T5)),
     "bart": (hf.BartForConditionalGeneration, lambda: hf.BartConfig(**_BART)),
 }
+
+
+def _of_head(architecture: str) -> tuple:
+    """Class and config of an encoder with that head, the encoder as in `CONFIGS`."""
+    encoder = next(name for name in CONFIGS if architecture.lower().startswith(name))
+
+    def config():
+        made = CONFIGS[encoder][1]()
+        made.num_labels = 2 if architecture.endswith("QuestionAnswering") else 3
+        return made
+
+    return getattr(hf, architecture), config
+
+
+# The encoders with heads that are exported, other than those above, by architecture.
+_BUILT = {kind.__name__ for kind, _ in (CONFIGS | PAIRS).values()}
+HEADS = {architecture: _of_head(architecture) for architecture in TASKS if architecture not in _BUILT}
 # So much wider than the tables are their other matrices: a tied head would have them repeat one token for ever.
 _WIDER = {"t5": 3, "mt5": 3, "bart": 6}
 
@@ -100,7 +117,7 @@ def architectures(*slow: str) -> list:
 
 def build_model(name: str, seed: int = 0) -> torch.nn.Module:
     """A model whose weights are drawn anew and wide."""
-    kind, config = (CONFIGS | PAIRS)[name]
+    kind, config = (CONFIGS | PAIRS | HEADS)[name]
     model = kind(config()).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

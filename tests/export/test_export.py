@@ -1,5 +1,6 @@
 """The export stage on real models of every architecture: what it writes, what it refuses, what it leaves on failure."""
 
+import copy
 import json
 import shutil
 import subprocess
@@ -20,9 +21,9 @@ from transformers import AutoConfig, AutoTokenizer, BertConfig, BertForMultipleC
 from export import export as stage
 from export.cases import load_documents
 from export.io_spec import read_spec
-from export.runners import open_runner
+from export.runners import open_runner, torch_runner
 from export.to_onnx import export_graph, load_model, take_softmax_as_it_is
-from tests.export.conftest import MAX_LENGTH, architectures
+from tests.export.conftest import MAX_LENGTH, architectures, build_model, build_tokenizer
 from trainer import prepare
 from trainer.artifact import content_hash, hash_file, read_artifact
 from trainer.config import Recipe
@@ -49,7 +50,8 @@ def operators(path):
 def test_every_architecture_passes_the_gate_and_is_described(name, model_folder, documents, tmp_path):
     folder = model_folder(name)
     variants = EVERY + ("int4", "fp32_fused") * bool(read_spec(folder).cache)
-    settings = SETTINGS.model_copy(update={"variants": variants})
+    parity = SETTINGS.parity.model_copy(update={"shapes": ((1, 7), (3, 33), (4, 64), (7, 16))})
+    settings = SETTINGS.model_copy(update={"variants": variants, "parity": parity})
     target = stage.export_model(Recipe(run_dir=tmp_path), settings, "m", folder, documents)
     record = read_artifact(target, "onnx")
     assert record["parents"] == {"model": content_hash(folder)}
@@ -59,7 +61,7 @@ def test_every_architecture_passes_the_gate_and_is_described(name, model_folder,
         assert entry["metrics"]["cases"] == len({case["case"] for case in entry["cases"]}) >= 5
         assert 0 < entry["metrics"]["relative_rms"] < entry["thresholds"]["relative_rms"]
     tried = {case["case"] for case in record["evidence"][0]["cases"]}
-    assert f"1x{MAX_LENGTH}" in tried
+    assert {"1x1", "7x16", f"1x{MAX_LENGTH}"} <= tried
     if read_spec(folder).cache:  # a past of all but one token, and as many steps as fit after the prompt
         assert {f"1x1 after {MAX_LENGTH - 1}", "3x5 and 64 steps", "7x1 after 16 padded left"} <= tried
     raw = onnx.load(target / "model.onnx")
@@ -231,6 +233,41 @@ def test_stage_exports_a_foreign_folder_on_the_standard_librarys_text(model_fold
     assert outputs["logits"].shape == (1, 3, 300)
 
 
+WHOLE, IN_SHARDS = "5GB", "30KB"
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "size"),
+    [
+        ("bert", torch.float32, IN_SHARDS),
+        ("llama", torch.bfloat16, WHOLE),
+        pytest.param("gpt2", torch.bfloat16, IN_SHARDS, marks=pytest.mark.slow),
+    ],
+    ids=["shards", "bf16", "both"],
+)
+def test_weights_in_shards_or_in_bf16_are_exported(name, dtype, size, documents, tmp_path):
+    """As users download them; the graph has the numbers that were stored, in fp32."""
+    folder, source = tmp_path / "model", build_model(name)
+    with torch.no_grad():
+        for parameter in source.parameters():
+            parameter.copy_(parameter.to(dtype))
+    copy.deepcopy(source).to(dtype).save_pretrained(folder, max_shard_size=size)
+    build_tokenizer().save_pretrained(folder)
+    files = list(folder.glob("*.safetensors"))
+    assert len(files) > 2 if size == IN_SHARDS else len(files) == 1
+    assert {weight.dtype for file in files for weight in load_file(file).values()} == {dtype}
+    settings = SETTINGS.model_copy(update={"variants": ("fp32",)})
+    target = stage.export_model(Recipe(run_dir=tmp_path), settings, "m", folder, documents)
+    (proof,) = read_artifact(target, "onnx")["evidence"]
+    assert 0 < proof["metrics"]["relative_rms"] < 1e-5
+    assert not list(target.glob("*.safetensors*"))
+    spec = read_spec(folder)
+    inputs = spec.pad([np.arange(5, 20), np.arange(30, 37)], 15)
+    found, expected = open_runner(target, "onnx_fp32", 1).run(inputs), torch_runner(source, spec).run(inputs)
+    real = inputs["attention_mask"] == 1
+    np.testing.assert_allclose(found["logits"][real], expected["logits"][real], atol=1e-4)
+
+
 @pytest.fixture
 def prepared_lines(tmp_path):
     """A recipe that is prepared, on a file of 200 lines."""
@@ -293,12 +330,16 @@ def test_models_that_cannot_be_read_are_one_message(tmp_path, model_folder, docu
     save_file(kept, lacking / "model.safetensors", {"format": "pt"})
     cut = broken(tmp_path / "cut", bert)
     (cut / "model.safetensors").write_bytes((bert / "model.safetensors").read_bytes()[:5000])
+    shards = tmp_path / "shards"
+    build_model("bert").save_pretrained(shards, max_shard_size=IN_SHARDS)
+    sorted(shards.glob("*.safetensors"))[1].unlink()
     no_json = broken(tmp_path / "no_json", bert)
     (no_json / "config.json").write_text('{"architectures": ["Ber')
     rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
     cases = {
         lacking: "lacks 2 of the weights of BertForMaskedLM, first bert.encoder.layer.1.output.LayerNorm.bias",
         cut: "(?i)cut: .*header",
+        shards: "shards: No such file or directory: .*model-00002-of-",
         no_json: "no_json/config.json: ",
         broken(tmp_path / "unknown", bert, model_type="nonesuch"): "unknown/config.json: .*nonesuch",
         broken(tmp_path / "untyped", bert, model_type=None): "untyped/config.json: ",

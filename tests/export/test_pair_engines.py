@@ -190,16 +190,24 @@ def moved(graph: Path, target: Path) -> Path:
     return target
 
 
-def test_both_graphs_in_fp16_multiply_in_fp16(builder, model_folder, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "precision", "capability"),
+    [
+        ("bart", "fp16", "8.9"),
+        pytest.param("mt5", "fp16", "8.0", marks=pytest.mark.slow),
+        pytest.param("mt5", "bf16", "12.0", marks=pytest.mark.slow),
+    ],
+)
+def test_both_graphs_in_16_bits_multiply_in_16_bits(name, precision, capability, builder, model_folder, tmp_path):
     """Also attention on a cache, which the layer reads in fp32 and casts itself."""
-    folder = model_folder("bart")
+    folder = model_folder(name)
     for part in read_spec(folder).parts:
-        raw, graph = tmp_path / part.file("fp32"), tmp_path / part.file("fp16")
+        raw, graph = tmp_path / part.file("fp32"), tmp_path / part.file(precision)
         export_graph(load_model(folder, part), part, raw, 18)
-        lower(raw, graph, "fp16", set())
-        _, description = builder.build(graph, part, SETTINGS, "8.9")
-        found = audit("bart", "fp16", read_layers(description), products(graph), 0.0)
-        assert found["types"] == {"fp16": found["matrix_layers"]}
+        lower(raw, graph, precision, set())
+        _, description = builder.build(graph, part, SETTINGS, capability)
+        found = audit(name, precision, read_layers(description), products(graph), 0.0)
+        assert found["types"] == {precision: found["matrix_layers"]}
         assert_profiles_are_in_the_engine(description, part)
 
 

@@ -17,17 +17,21 @@ from export.gates import Gates, TaskGate
 from export.io_spec import read_spec
 from export.runners import open_onnx, open_onnx_graphs, open_torch_pair
 from export.scores import score
+from export.variants import make_variant
 from export.verified import subjects
 from tests.export.conftest import PAIR_GATES
 from trainer.artifact import read_artifact, write_json
 from trainer.config import Recipe
 from trainer.errors import GateFailed, UserError
-from trainer.export_config import Export
+from trainer.export_config import Calibration, Export
 
 NAMES = ("t5", pytest.param("bart", marks=pytest.mark.slow))
 SETTINGS = Export.model_validate(PAIR_GATES)
 _LOOSE = {"fp32": {"relative_rms": 1e3, "max_abs": None, "min_top1": 0.0}, "shapes": [[3, 9]]}
 ANYTHING = Export.model_validate(PAIR_GATES | {"parity": _LOOSE})
+# What int8 may be off, as in the other tests.
+_ROUNDED = dict.fromkeys(("int8_static", "int4"), PAIR_GATES["parity"]["int8"])
+QUANTIZED = Export.model_validate(PAIR_GATES | {"parity": PAIR_GATES["parity"] | _ROUNDED})
 
 
 def test_rows_are_split_in_the_middle(model_folder, documents):
@@ -75,6 +79,29 @@ def test_each_form_is_held_by_both_gates(name, exported_pair):
     assert rounded["metrics"]["kept"] >= 0.95
     assert rounded["file"] == "decoder_with_past_model_quantized.onnx"
     assert rounded["encoder"]["sha256"] == evidence["encoder_parity_int8"]["sha256"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("form", "operator"), [("int8_static", "DequantizeLinear"), ("int4", "MatMulNBits")])
+def test_ranges_and_4_bits_pass_the_gates_too(name, form, operator, exported_pair, trained_pair, pieces, tmp_path):
+    """Each graph by its tensors, both together by their quality."""
+    folder, exported = trained_pair(name), exported_pair(name)
+    spec = read_spec(folder)
+    for part in spec.parts:
+        gates = Gates(folder, part, QUANTIZED, pieces, lambda needed: pieces, seed=0)
+        raw, graph = exported / part.file("fp32"), tmp_path / part.file(form)
+        make_variant(form, raw, graph, lambda gates=gates: gates.calibration, Calibration())
+        (proof,) = gates.check(name, form, graph, open_onnx(graph, 1))
+        assert proof["what"] == f"{part.prefix}parity_{form}" and proof["metrics"]["relative_rms"] > 0.005
+        held = onnx.load(raw).graph
+        constants = {one.name for one in held.initializer}
+        weighed = [node for node in held.node if node.op_type == "MatMul" and node.input[1] in constants]
+        rounded = [node for node in onnx.load(graph).graph.node if node.op_type == operator]
+        assert len(rounded) >= len(weighed) > 0
+    files = [tmp_path / file for file in spec.files(form)]
+    whole = TaskGate(folder, spec, QUANTIZED, pieces, seed=0)
+    (proof,) = whole.check(name, form, files, open_onnx_graphs(files, spec, 1))
+    assert proof["what"] == f"quality_{form}" and proof["metrics"]["kept"] >= 0.95
 
 
 def cross_weight(graph):

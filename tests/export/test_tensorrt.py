@@ -11,10 +11,10 @@ import pytest
 import torch
 import transformers as hf
 from onnx import TensorProto, helper, numpy_helper
-from onnxruntime.transformers.float16 import convert_float_to_float16
 
 from export import to_tensorrt
 from export.audit import audit, read_layers
+from export.calibration import calibration_batches
 from export.engine_files import Place, check_place, manifest_of, plan_name, read_manifest, write_manifest
 from export.export import export_model
 from export.io_spec import BATCH, SEQUENCE, Port, read_spec
@@ -28,12 +28,13 @@ from export.to_tensorrt import (
     products,
     profile_shapes,
 )
+from export.variants import make_variant
 from export.verified import Verified, examine
-from tests.export.conftest import GATES, MAX_LENGTH, architectures, build_tokenizer
+from tests.export.conftest import CONFIGS, GATES, MAX_LENGTH, build_tokenizer
 from trainer.artifact import hash_file, read_artifact
 from trainer.config import Recipe
 from trainer.errors import GateFailed, UserError
-from trainer.export_config import Export
+from trainer.export_config import Calibration, Export
 from trainer.serving_config import Profile, TensorRT
 
 WIDE = {"vocab_size": 300, "num_hidden_layers": 2, "hidden_size": 128, "num_attention_heads": 2,
@@ -48,16 +49,17 @@ SETTINGS = TensorRT(
 
 
 @pytest.fixture(scope="session")
-def fp16_graph(raw_graph, tmp_path_factory):
-    """Gives a tiny model's graph in fp16; inputs and outputs stay as they are."""
-    root = tmp_path_factory.mktemp("fp16")
+def graph_in(raw_graph, model_folder, documents, tmp_path_factory):
+    """Gives a tiny model's graph in a form as the export makes it, int8 with the ranges that TensorRT takes."""
+    root = tmp_path_factory.mktemp("forms")
 
-    def give(name: str) -> Path:
-        path = root / f"{name}.onnx"
+    def give(form: str, name: str) -> Path:
+        raw, path = raw_graph(name), root / f"{name}_{form}.onnx"
+        if form == "fp32":
+            return raw
         if not path.exists():
-            graph = onnx.load(raw_graph(name))
-            del graph.graph.value_info[:]
-            onnx.save(convert_float_to_float16(graph, keep_io_types=True), path)
+            batches = calibration_batches(lambda needed: documents, read_spec(model_folder(name)), Calibration())
+            make_variant(form, raw, path, lambda: batches, Calibration(symmetric=True))
         return path
 
     return give
@@ -92,17 +94,46 @@ def widen(source: Path, target: Path, first: str, last: str) -> None:
     onnx.save(model, target)
 
 
-@pytest.mark.parametrize("name", architectures("mistral", "qwen2"))  # Llama with another mask, with biases
-@pytest.mark.parametrize("asked", ["fp32", "fp16"])
-def test_every_architecture_becomes_an_engine_of_the_asked_precision(
-    name, asked, builder, raw_graph, fp16_graph, model_folder
-):
-    graph = raw_graph(name) if asked == "fp32" else fp16_graph(name)
-    spec = read_spec(model_folder(name))
+def engines() -> list:
+    """Each architecture in each precision. Mistral is Llama with another mask, Qwen2 with biases."""
+    slow = {(form, name) for form in ("fp32", "fp16") for name in ("mistral", "qwen2")}
+    slow |= {("bf16", name) for name in CONFIGS if name not in ("bert", "llama")}
+    every = [(form, name) for form in ("fp32", "fp16", "bf16") for name in CONFIGS]
+    # Of heads 16 wide attention is one layer, and the audit takes its fp32 mask for a factor.
+    every.remove(("fp16", "qwen3"))
+    return [pytest.param(*one, marks=pytest.mark.slow) if one in slow else one for one in every]
+
+
+@pytest.mark.parametrize(("asked", "name"), engines())
+def test_every_architecture_becomes_an_engine_of_the_asked_precision(asked, name, builder, graph_in, model_folder):
+    graph, spec = graph_in(asked, name), read_spec(model_folder(name))
     plan, description = builder.build(graph, spec, SETTINGS, "8.9")
     assert len(plan) > 2**20
     found = audit(name, asked, read_layers(description), products(graph), 0.0)
     assert found["types"] == {asked: found["matrix_layers"]} and found["matrix_layers"] >= 2 * 2 * 4
+    assert_profiles_are_in_the_engine(description, spec)
+
+
+@pytest.mark.parametrize(
+    ("name", "capability", "count"),
+    [
+        ("bert", "8.9", 2 * 6 + 2),
+        pytest.param("bert", "12.0", 2 * 6 + 2, marks=pytest.mark.slow),
+        pytest.param("gpt2", "8.0", 2 * 4 + 1, marks=pytest.mark.slow),
+    ],
+)
+def test_calibrated_weights_are_multiplied_in_int8(name, capability, count, builder, graph_in, model_folder):
+    """None is widened before its product, which the audit would take for one of two activations."""
+    graph, spec = graph_in("int8_static", name), read_spec(model_folder(name))
+    held = onnx.load(graph).graph
+    stored = {one.name for one in held.initializer if one.data_type == TensorProto.INT8}
+    widened = {node.output[0] for node in held.node if node.op_type == "DequantizeLinear" and node.input[0] in stored}
+    weighed = {node.name for node in held.node if node.op_type == "MatMul" and node.input[1] in widened}
+    assert len(weighed) == count
+    _, description = builder.build(graph, spec, SETTINGS, capability)
+    layers = read_layers(description)
+    audit(name, "int8_static", layers, products(graph), 0.0)
+    assert weighed <= {node for layer in layers if layer.is_product and layer.weights for node in layer.nodes}
     assert_profiles_are_in_the_engine(description, spec)
 
 
@@ -146,11 +177,11 @@ def assert_profiles_are_in_the_engine(description, spec):
         assert [tuple(tuple(map(int, one.split(","))) for one in shapes) for shapes in told] == asked
 
 
-def test_a_planted_fp32_layer_fails_the_audit(builder, fp16_graph, model_folder, tmp_path):
+def test_a_planted_fp32_layer_fails_the_audit(builder, graph_in, model_folder, tmp_path):
     """The feed-forward block of one layer, two products in each of two profiles. (A single product between two casts
     would not do: TensorRT-RTX takes the casts into it, and multiplies in fp16.)"""
     graph = tmp_path / "planted.onnx"
-    widen(fp16_graph("bert"), graph, "node_MatMul_113", "node_MatMul_115")
+    widen(graph_in("fp16", "bert"), graph, "node_MatMul_113", "node_MatMul_115")
     _, description = builder.build(graph, read_spec(model_folder("bert")), SETTINGS, "8.9")
     layers = read_layers(description)
     with pytest.raises(GateFailed, match=r"bert: asked fp16, 14% of matrix layers run fp32, such as .*\n.*at most 0%"):
