@@ -132,6 +132,8 @@ class Builder:
     def _set_options(self, config: Any, settings: TensorRT, compute_capability: str) -> None:
         flags = self.library.BuilderFlag
         if settings.version_compatible:
+            if self.ahead_of_time:  # 1.7 lacks the lean runtime that such an engine holds
+                raise UserError("tensorrt.version_compatible is TensorRT's", "false for tensorrt_rtx", "leave it out")
             config.set_flag(flags.VERSION_COMPATIBLE)
         (config.set_flag if settings.tf32 else config.clear_flag)(flags.TF32)
         if settings.hardware_compatibility != "none":

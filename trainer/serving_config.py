@@ -50,7 +50,7 @@ class TensorRT(Section):
     tf32: bool = False
     """Multiply fp32 matrices with TF32's 10-bit mantissas."""
     version_compatible: bool = False
-    """Engines that later versions of the library load too; slower."""
+    """tensorrt: engines that later versions of the library load too; slower."""
     hardware_compatibility: Literal["none", "ampere_plus", "same_compute_capability"] = "none"
     """tensorrt: GPUs other than the one that built it that may run an engine; slower."""
 

@@ -99,8 +99,6 @@ def engines() -> list:
     slow = {(form, name) for form in ("fp32", "fp16") for name in ("mistral", "qwen2")}
     slow |= {("bf16", name) for name in CONFIGS if name not in ("bert", "llama")}
     every = [(form, name) for form in ("fp32", "fp16", "bf16") for name in CONFIGS]
-    # Of heads 16 wide attention is one layer, and the audit takes its fp32 mask for a factor.
-    every.remove(("fp16", "qwen3"))
     return [pytest.param(*one, marks=pytest.mark.slow) if one in slow else one for one in every]
 
 
@@ -295,6 +293,7 @@ def test_a_failed_audit_and_a_refusal_leave_nothing(recipe, builder, exported_fo
         r"builds no engine of .*model.onnx for 7.5: .*FP32 GEMM is not supported": {"compute_capabilities": ("7.5",)},
         r"tensorrt_rtx .* does not build for 9.0\nNeeded: one of SM75, SM80": {"compute_capabilities": ("9.0",)},
         r"tensorrt.hardware_compatibility is TensorRT's": {"hardware_compatibility": "ampere_plus"},
+        r"tensorrt.version_compatible is TensorRT's": {"version_compatible": True},
         r"cannot read .*model_quantized.onnx: it does not take DynamicQuantizeLinear; ": {"variants": ("int8",)},
         r"tensorrt.variants names int4, which .*\nNeeded: one of fp32, int8": {"variants": ("int4",)},
     }
