@@ -173,8 +173,18 @@ def _take_in(graph: onnx.GraphProto, spec: IoSpec, nodes: Sequence[onnx.NodeProt
     width = spec.encoder.outputs[0].axes[-1]
     graph.input.append(helper.make_tensor_value_info(HIDDEN, TensorProto.FLOAT, [BATCH, ENCODED, width]))
     graph.input.append(helper.make_tensor_value_info(USE_CACHE, TensorProto.BOOL, [1]))
+    _order_layers(graph)
     graph.output.extend(_values(spec, "", ENCODED))
     del graph.value_info[:]
+
+
+def _order_layers(graph: onnx.GraphProto) -> None:
+    """Put all of a layer's past before the next layer's: optimum gives it by its place, not by its names."""
+    pasts = [value for value in graph.input if value.name.startswith("past_key_values.")]
+    others = [value for value in graph.input if not value.name.startswith("past_key_values.")]
+    pasts.sort(key=lambda value: int(value.name.split(".")[1]))  # of one layer, its own before the text's, as they are
+    graph.ClearField("input")
+    graph.input.extend([*others, *pasts])
 
 
 def _values(spec: IoSpec, prefix: str, length: str) -> Iterator[onnx.ValueInfoProto]:
