@@ -2,6 +2,7 @@
 Tracing, quantizing and comparing are done by the modules it wires together here.
 """
 
+import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -22,7 +23,7 @@ from export.runners import OnnxRunner, open_onnx, open_onnx_graphs, together, us
 from export.to_onnx import export_graph, load_model
 from export.variants import TRIED, check_tried, check_variants, make_variant
 from trainer.__main__ import stage_main
-from trainer.artifact import hash_tree, staging, write_artifact
+from trainer.artifact import hash_tree, staging, write_artifact, write_json
 from trainer.config import Recipe
 from trainer.errors import GateFailed, UserError
 from trainer.export_config import Export, Precision
@@ -202,6 +203,14 @@ def copy_companions(source: Path, target: Path) -> None:
             if not any(file.match(unwanted) for unwanted in _NOT_BESIDE):
                 _check_link(source.resolve(), file)
                 shutil.copyfile(file, target / file.name)
+    _name_tokenizer(target / "tokenizer_config.json")
+
+
+def _name_tokenizer(file: Path) -> None:
+    """Call a tokenizer of transformers 5's general class by its older name, which transformers 4 knows, too."""
+    config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    if config.get("tokenizer_class") == "TokenizersBackend":
+        write_json(file, config | {"tokenizer_class": "PreTrainedTokenizerFast"})
 
 
 def _check_link(folder: Path, file: Path) -> None:

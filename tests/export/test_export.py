@@ -74,6 +74,8 @@ def test_every_architecture_passes_the_gate_and_is_described(name, model_folder,
     assert stored - {onnx.TensorProto.INT64} == {onnx.TensorProto.FLOAT16}
     assert AutoConfig.from_pretrained(target).model_type == read_spec(folder).model_type
     assert AutoTokenizer.from_pretrained(target)("a")["input_ids"]
+    told = json.loads((target / "tokenizer_config.json").read_text())  # transformers 4 knows no TokenizersBackend
+    assert told["tokenizer_class"] == "PreTrainedTokenizerFast"
     assert not (target / "model.safetensors").exists()
 
 
