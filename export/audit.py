@@ -17,8 +17,8 @@ from trainer.errors import GateFailed
 # (kgen, shape_call, shuffle …) move and add. `gemv_mha` is attention of a single new token.
 _MATRIX_KINDS = re.compile(r"gemm|matrix|fc|conv|fusion|mha|attention", re.IGNORECASE)
 _MATRIX_NAMES = re.compile(r"_+(gemm|gemv|mha|myl_Fc)")
-# Attention as one layer reads, beside its factors, what is added to scores, in fp32: a mask or T5's distances, batch x
-# heads x queries x keys. Queries, keys and values that are no cache have batch and heads in one axis, or one row alone.
+# Attention as one layer reads, beside its factors, what is added to scores, in fp32: a mask or T5's distances, [batch,
+# heads, queries, keys]. Factors that are no cache are [batch * heads, tokens, size], of a single token [batch, width].
 _ATTENTION, _AXES_OF_SCORES = "_mha_", 4
 # A cache is fp32 at the graph's face in every form. A layer of attention that reads it directly holds the graph's cast
 # of it, too, so that the cache's type tells nothing of the product's.

@@ -40,7 +40,7 @@ from export.windows import MIN_CPU_SHARE, Settings
 from trainer.__main__ import stage_main
 from trainer.artifact import ARTIFACT_FILE, content_hash, read_artifact, versions, write_json
 from trainer.config import Recipe
-from trainer.environment import gpu_driver, gpus, launch_command
+from trainer.environment import gpu_driver, launch_command, nvidia_smi
 from trainer.errors import GateFailed, UserError
 from trainer.export_config import ENGINES, ONNX_FILES, Backend, Bench
 from trainer.recipe_file import require_section
@@ -250,11 +250,16 @@ def job_of(subject: Subject, backend: Backend, settings: Bench, threads: int) ->
         provider=settings.provider,
         audited=backend in ONNX_FILES,
         cuda_graphs=settings.cuda_graphs,
-        # torch.compile compiles anew for lengths of the cache: minutes, of which no figure would speak
-        prompts=0 if backend == "compile" else len(prompts_of(settings, subject.spec)),
+        prompts=0 if _is_made_anew(subject, backend, settings) else len(prompts_of(settings, subject.spec)),
         new_tokens=settings.decode.new_tokens if settings.decode else 0,
         pair=asdict(subject.spec) if subject.spec.encoder else None,
     )
+
+
+def _is_made_anew(subject: Subject, backend: Backend, settings: Bench) -> bool:
+    """Whether a backend prepares itself for each length of the cache: torch.compile takes minutes, of which no figure
+    would speak, and an encoder-decoder's recorded engine keeps memory for each."""
+    return backend == "compile" or (settings.cuda_graphs and backend in ENGINES and subject.spec.encoder is not None)
 
 
 def run_worker(job: Job, path: Path) -> dict[str, Any] | str:
@@ -355,7 +360,7 @@ def describe_model(subject: Subject) -> dict[str, Any]:
 
 def describe_machine(threads: int, provider: str = CPU_PROVIDER) -> dict[str, Any]:
     """What the figures depend on, without naming the machine; its GPUs where they are those of a GPU's provider."""
-    on_gpu = {} if provider == CPU_PROVIDER else {"gpus": gpus(), "driver": gpu_driver()}
+    on_gpu = {} if provider == CPU_PROVIDER else {"gpus": list(nvidia_smi("name,memory.total")), "driver": gpu_driver()}
     return on_gpu | {
         "cpu": _cpu_model(),
         "cores": usable_threads(),

@@ -57,7 +57,7 @@ class Job:
     audited: bool
     prompts: int
     new_tokens: int
-    cuda_graphs: bool = False
+    cuda_graphs: bool
     pair: dict[str, Any] | None = None
     """The face of an encoder-decoder, as `asdict` has it: a cell's call is the encoder's and the decoder's first step.
     Reading it from the folder would load transformers and torch into this process, whose memory is measured."""
@@ -145,7 +145,8 @@ def measure_decode(
     counter: energy.Counter | None = None,
 ) -> dict[str, Any]:
     """Generating greedily: time to the first token, and for each further one, from medians of one token and of all.
-    Joules are of whole texts, and of their new tokens, prompt included; memory is what generating takes at the most."""
+    Joules are of whole texts, and of their new tokens, prompt included; memory is what the process holds at the most by
+    then, earlier rows' buffers too."""
     spec, prompts = read_spec(folder), prompts_BP.tolist()
 
     def generating(count: int) -> Measurement:

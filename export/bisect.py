@@ -6,7 +6,6 @@ Graphs are run by `probe`, on the same inputs; that they differ at all was the g
 import ast
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -55,17 +54,16 @@ class ModuleDeparture:
 
 
 def first_departure(
-    reference: Path, candidate: Path, inputs: Mapping[str, np.ndarray], limit: float, threads: int
+    reference: Probe, candidate: Probe, inputs: Mapping[str, np.ndarray], limit: float
 ) -> Departure | None:
     """The first node of `candidate`, in its order, whose output differs from the reference's value of the same name.
 
     Quantizing and lowering keep the names of what they replace, so that all larger steps have a counterpart. None if
     every value that both have agrees within `limit`, a relative_rms.
     """
-    expected = Probe(reference, threads).run(inputs)
-    actual = Probe(candidate, threads).run(inputs)
+    expected, actual = reference.run(inputs), candidate.run(inputs)
     errors: dict[str, float] = {}
-    for node in onnx.load(candidate, load_external_data=False).graph.node:
+    for node in candidate.nodes:
         before = max((errors.get(name, 0.0) for name in node.input), default=0.0)
         for name in node.output:
             if name in expected and name in actual and np.issubdtype(expected[name].dtype, np.floating):
@@ -88,14 +86,14 @@ def relative_rms(source: np.ndarray, actual: np.ndarray) -> float:
 
 
 def first_module(
-    model: "torch.nn.Module", spec: IoSpec, graph: Path, inputs: Mapping[str, np.ndarray], limit: float, threads: int
+    model: "torch.nn.Module", spec: IoSpec, graph: Probe, inputs: Mapping[str, np.ndarray], limit: float
 ) -> ModuleDeparture | None:
     """The first module of `model` to end with another output than `graph` has for it; None if all agree.
 
     The graph's value is that of the last node that the exporter made of the module, where it has the same shape.
     """
-    values = Probe(graph, threads).run(inputs)
-    last = {scope: node for node in onnx.load(graph, load_external_data=False).graph.node for scope in _scopes(node)}
+    values = graph.run(inputs)
+    last = {scope: node for node in graph.nodes for scope in _scopes(node)}
     for name, kind, expected in module_outputs(model, spec, inputs):
         made = [values[output] for output in last[name].output if output in values] if name in last else []
         found = next((value for value in made if value.shape == expected.shape), None)

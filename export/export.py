@@ -81,6 +81,7 @@ def export_model(recipe: Recipe, settings: Export, name: str, folder: Path, docu
     `documents` are token ids of real text, which the parity gate runs on.
     """
     spec = read_spec(folder)
+    check_links(folder)
     source = hash_tree(folder)
     find = text_finder(recipe, folder, documents)
     gates = [Gates(folder, part, settings, documents, find, recipe.seed) for part in spec.parts]
@@ -153,7 +154,7 @@ def _write_graph(
     spec = gates.spec
     file, raw = partial / spec.file(variant), partial / spec.file("fp32")
     made = make_variant(variant, raw, file, lambda: gates.calibration, settings.calibration, settings.provider)
-    with runnable(file, settings.provider) as opened:
+    with runnable(file, variant, settings.provider) as opened:
         runner = open_onnx(opened, usable_threads(), settings.provider)
     passed = gates.check(f"{name} {variant} ({file.name})", variant, file, runner)
     return runner, [proof | made for proof in passed]
@@ -193,16 +194,10 @@ def _encoder_face(spec: IoSpec) -> dict[str, list[str]]:
 
 
 def copy_companions(source: Path, target: Path) -> None:
-    """Copy config and tokenizer files of a model folder, so that transformers opens the exported one too.
-
-    UserError for a link out of the folder, other than the hub's cache makes: a file of this machine would be copied
-    into what is handed on.
-    """
-    for pattern in _BESIDE:
-        for file in source.glob(pattern):
-            if not any(file.match(unwanted) for unwanted in _NOT_BESIDE):
-                _check_link(source.resolve(), file)
-                shutil.copyfile(file, target / file.name)
+    """Copy config and tokenizer files of a model folder, so that transformers opens the exported one too."""
+    check_links(source)
+    for file in _companions(source):
+        shutil.copyfile(file, target / file.name)
     _name_tokenizer(target / "tokenizer_config.json")
 
 
@@ -213,14 +208,23 @@ def _name_tokenizer(file: Path) -> None:
         write_json(file, config | {"tokenizer_class": "PreTrainedTokenizerFast"})
 
 
-def _check_link(folder: Path, file: Path) -> None:
-    within = [folder]
-    if folder.parent.name == "snapshots":  # of the hub's cache: MODEL/snapshots/REVISION, its files in MODEL/blobs
-        within.append(folder.parent.parent / "blobs")
-    if not any(file.resolve().is_relative_to(one) for one in within):
-        raise UserError(
-            f"{file} is a link to {file.resolve()}", "files of the model's own folder", "copy the file itself there"
-        )
+def check_links(source: Path) -> None:
+    """UserError for a link that leads out of a model's folder, as a private file would be copied into the export.
+
+    Those of the hub's cache may lead to its own blobs: MODEL/snapshots/REVISION/FILE to MODEL/blobs/HASH.
+    """
+    folder = source.resolve()
+    within = [folder, *([folder.parent.parent / "blobs"] if folder.parent.name == "snapshots" else [])]
+    for file in _companions(source):
+        if not any(file.resolve().is_relative_to(one) for one in within):
+            raise UserError(
+                f"{file} is a link to {file.resolve()}", "files of the model's own folder", "copy the file itself there"
+            )
+
+
+def _companions(source: Path) -> list[Path]:
+    found = [file for pattern in _BESIDE for file in source.glob(pattern)]
+    return [file for file in found if not any(file.match(unwanted) for unwanted in _NOT_BESIDE)]
 
 
 def _tell(form: str, folder: Path, evidence: list[dict[str, Any]]) -> None:

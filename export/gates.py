@@ -72,6 +72,7 @@ class Gates:
         small = [case for case in self.cases if case.inputs["input_ids"].size <= MOST_TOKENS]
         if self.spec.encoder is None:
             return [full_rows(self.documents, self.spec, *_UNPADDED), *small]
+        # Of one text with a past neither its own tokens nor those of the text that was read are padded.
         return sorted(small, key=lambda case: len(case.inputs["input_ids"]) > 1 or not case.past_tokens)
 
     def check(self, what: str, variant: Precision, file: Path, candidate: OnnxRunner) -> list[dict[str, Any]]:

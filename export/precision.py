@@ -107,27 +107,25 @@ def lower(raw: Path, lowered: Path, precision: str, kept: set[str]) -> set[str]:
 
 
 @contextlib.contextmanager
-def runnable(file: Path, provider: str) -> Iterator[Path]:
-    """The file of a form, or what stands for it where the provider cannot run it: bf16 on the CPU, whose numbers
-    another graph computes in fp32 and rounds wherever the form holds bf16."""
+def runnable(file: Path, variant: str, provider: str) -> Iterator[Path]:
+    """The file to open for a form. ONNX Runtime's CPU provider cannot run bf16: there it is another graph, which
+    computes in fp32 and rounds each value that the form holds in bf16."""
+    if variant != "bf16" or provider != CPU_PROVIDER:
+        yield file
+        return
     with tempfile.TemporaryDirectory() as scratch:
-        if provider != CPU_PROVIDER or not _holds(file, TensorProto.BFLOAT16):
-            yield file
-        else:
-            twin = Path(scratch, file.name)
-            _write_rounding(file, twin)
-            yield twin
+        twin = Path(scratch, file.name)
+        _write_rounding(file, twin)
+        yield twin
 
 
-def open_form(files: Sequence[Path], spec: IoSpec, threads: int, provider: str = CPU_PROVIDER) -> Runner | Pair:
+def open_form(
+    files: Sequence[Path], variant: str, spec: IoSpec, threads: int, provider: str = CPU_PROVIDER
+) -> Runner | Pair:
     """What `open_onnx_graphs` gives, of a form that the provider may be unable to run."""
     with contextlib.ExitStack() as stack:
-        opened = [stack.enter_context(runnable(file, provider)) for file in files]
+        opened = [stack.enter_context(runnable(file, variant, provider)) for file in files]
         return open_onnx_graphs(opened, spec, threads, provider)
-
-
-def _holds(file: Path, kind: int) -> bool:
-    return any(one.data_type == kind for one in onnx.load(file, load_external_data=False).graph.initializer)
 
 
 def _write_rounding(file: Path, twin: Path) -> None:
@@ -295,7 +293,7 @@ def _make_low(node: onnx.NodeProto, low: int) -> None:
 
 def _lowered_weight(weight: onnx.TensorProto, name: str, low: int) -> onnx.TensorProto:
     value = numpy_helper.to_array(weight)
-    if low == TensorProto.BFLOAT16 and value.ndim == 0 and np.isfinite(value):
+    if low == TensorProto.BFLOAT16 and value.size == 1 and np.isfinite(value).all():
         value = value.clip(-_BF16_MAX, _BF16_MAX)  # masks' least fp32 number would be rounded to minus infinity
     with np.errstate(over="ignore"):  # beyond the range it becomes infinite, for the gate to see
         return numpy_helper.from_array(value.astype(helper.tensor_dtype_to_np_dtype(low)), name)

@@ -32,6 +32,7 @@ class Probe:
             self.session = _open(opened, threads)
         finally:
             opened.unlink()
+        self.nodes: list[onnx.NodeProto] = list(model.graph.node)
         self.names = [value.name for value in self.session.get_outputs()]
 
     def run(self, inputs: Mapping[str, np.ndarray]) -> Arrays:

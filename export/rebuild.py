@@ -191,7 +191,8 @@ def _hold(origin: Origin, plan: Path) -> dict[str, Any] | None:
         return None
     spec = origin.spec
     tolerance = Tolerance.model_validate(origin.proof["thresholds"])
-    source = open_form([origin.file(proof) for proof in origin.sources], spec, usable_threads())
+    variant = origin.sources[0]["what"].rpartition("parity_")[2]
+    source = open_form([origin.file(proof) for proof in origin.sources], variant, spec, usable_threads())
     text = stdlib_documents(origin.exported)
     return prove_engine(plan.name, spec, open_engine(plan, spec), source, text, Parity(), tolerance)["metrics"]
 

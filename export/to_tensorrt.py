@@ -255,8 +255,9 @@ def prove(recipe: Recipe, what: str, subject: Subject, part: IoSpec, one: Verifi
     """Run an engine on the GPU that is here, on real text within its profiles; evidence that it gives the numbers of
     the fp32 graph (or of its own, where there is none). GateFailed where it does not."""
     parity, graphs = (recipe.export or Export()).parity, subject.spec.parts
-    sources = dict(zip(graphs, subject.variants.get("fp32", one).files, strict=True))
-    source = open_form([sources[each] for each in part.parts], part, usable_threads())
+    origin = subject.variants.get("fp32", one)
+    sources = dict(zip(graphs, origin.files, strict=True))
+    source = open_form([sources[each] for each in part.parts], origin.variant, part, usable_threads())
     engine = open_engine(plan, part, dict(zip(graphs, one.files, strict=True))[part])
     documents = load_documents(recipe, subject.folder)
     return prove_engine(what, part, engine, source, documents, parity, getattr(parity, one.variant), recipe.seed)

@@ -36,7 +36,7 @@ def check_variants(name: str, spec: IoSpec, settings: Export) -> None:
 
 
 def check_variant(name: str, spec: IoSpec, variant: Precision, provider: str) -> None:
-    """Raise UserError for a form that this model, or this machine, cannot have."""
+    """Raise UserError for a form that this model cannot have."""
     if variant == "int4" and spec.cache is None:
         raise UserError(
             f"there is no int4 of {name}, a {spec.architecture}",
@@ -59,7 +59,7 @@ def check_tried(name: str, spec: IoSpec, variant: Precision, provider: str) -> N
 
 
 def check_bf16(provider: str) -> None:
-    """Raise UserError unless ONNX Runtime runs bf16 there: its CPU provider (1.32) adds no two bf16 numbers."""
+    """Raise UserError unless ONNX Runtime runs bf16 there: its CPU provider (1.30) adds no two bf16 numbers."""
     ports = [helper.make_tensor_value_info(name, TensorProto.BFLOAT16, [1]) for name in ("a", "b", "c")]
     graph = helper.make_graph([helper.make_node("Add", ["a", "b"], ["c"])], "probe", ports[:2], ports[2:])
     with tempfile.TemporaryDirectory() as scratch:

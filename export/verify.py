@@ -18,6 +18,7 @@ from export.gates import Gates, TaskGate
 from export.hostile import check_graph
 from export.io_spec import IoSpec, read_spec
 from export.precision import open_form, runnable
+from export.probe import Probe
 from export.runners import CPU_PROVIDER, open_onnx, usable_threads
 from export.to_onnx import export_graph, load_model
 from export.variants import TRIED, check_tried, check_variants, make_variant
@@ -80,7 +81,7 @@ def _check_whole(
     settings: Export, name: str, spec: IoSpec, gate: TaskGate, variant: Precision, files: list[Path]
 ) -> list[dict[str, Any]]:
     """Evidence of an encoder-decoder's two graphs together, on what it is for."""
-    runner = open_form(files, spec, usable_threads(), settings.provider)
+    runner = open_form(files, variant, spec, usable_threads(), settings.provider)
     return gate.check(f"{name} {variant}", variant, files, runner)
 
 
@@ -125,7 +126,7 @@ def _wanted(settings: Export, name: str, spec: IoSpec, exported: Path) -> tuple[
 
 def _check_graph(settings: Export, name: str, gates: Gates, variant: Precision, file: Path) -> list[dict[str, Any]]:
     check_graph(file)
-    with runnable(file, settings.provider) as opened:
+    with runnable(file, variant, settings.provider) as opened:
         runner = open_onnx(opened, usable_threads(), settings.provider)
     return gates.check(f"{name} {variant} ({file.name})", variant, file, runner)
 
@@ -145,15 +146,16 @@ def _where(gates: Gates, variant: Precision, raw: Path, file: Path) -> str:
     limit, raw_limit = (getattr(parity, one).relative_rms or _UNLIMITED_RELATIVE_RMS for one in (variant, "fp32"))
     cases = gates.probed()
     full = [case for case in cases if case.mask.all()]
-    # Of padding itself the numbers are others where attention is ONNX Runtime's node, and in PyTorch.
-    with runnable(file, CPU_PROVIDER) as probed:
+    # Padding's own values are others in fused attention and in PyTorch, so that these are compared without any.
+    with runnable(file, variant, CPU_PROVIDER) as opened:
+        reference, candidate = (Probe(one, usable_threads()) for one in (raw, opened))
         for case in full if has_room(file) else cases:
-            found = first_departure(raw, probed, case.inputs, limit, usable_threads())
+            found = first_departure(reference, candidate, case.inputs, limit)
             if found is not None:
                 return f"first departure, in case {case.name}: {found}"
     model = load_model(gates.folder, spec)
     for case in full:
-        module = first_module(model, spec, raw, case.inputs, raw_limit, usable_threads())
+        module = first_module(model, spec, reference, case.inputs, raw_limit)
         if module is not None:
             return f"it is its raw graph within {limit:g}, which is not the model: {module}"
     return (

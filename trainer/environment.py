@@ -123,14 +123,20 @@ def gpus() -> list[dict[str, Any]]:
 
 
 @functools.cache
+def nvidia_smi(query: str) -> tuple[str, ...]:
+    """What NVIDIA's tool says of each GPU; nothing where there is none. Other than torch it takes no memory there."""
+    try:
+        done = subprocess.run(
+            ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"], capture_output=True, text=True, check=False
+        )
+    except OSError:
+        return ()
+    return tuple(line.strip() for line in done.stdout.splitlines() if line.strip()) if not done.returncode else ()
+
+
 def gpu_driver() -> str | None:
     """Version of NVIDIA's driver; None where there is none."""
-    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-    except OSError:
-        return None
-    return done.stdout.split("\n")[0].strip() or None
+    return next(iter(nvidia_smi("driver_version")), None)
 
 
 def apex_kind() -> Literal["absent", "other", "without kernels", "nvidia"]:

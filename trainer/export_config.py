@@ -212,7 +212,8 @@ class Bench(Section):
     """ONNX Runtime's; with another than the CPU's, PyTorch's rows run on the GPU too, as engines always do. Rows of a
     graph of which a node ran elsewhere, other than those that reckon with shapes, are refused."""
     cuda_graphs: bool = False
-    """Record the call of each shape on the GPU once and replay it: engines and torch.compile."""
+    """Record the call of each shape on the GPU once and replay it: engines and torch.compile. Generating and load are
+    measured without."""
     threads: PositiveInt | None = None
     """CPU threads for every backend; by default the number of physical cores."""
     window_s: Positive = 0.3

@@ -89,4 +89,6 @@ class Pack(Section):
             raise ValueError("backend tensorrt runs on a GPU: set device: gpu")
         if self.variant == "fp8" and self.backend != "tensorrt":
             raise ValueError("variant fp8 is for engines alone: set backend: tensorrt")
+        if self.variant == "bf16" and self.device != "gpu":
+            raise ValueError("variant bf16 runs on a GPU: set device: gpu")
         return self

@@ -33,7 +33,7 @@ def subject(folder, model):
 
 def test_every_form_has_its_weights_beside_it(large, model_folder):
     found = {file.name for file in large.glob("*.onnx_data")}
-    assert found == {f"{proof['file']}_data" for proof in read_artifact(large)["evidence"]} and len(found) == 5
+    assert found == {f"{proof['file']}_data" for proof in read_artifact(large)["evidence"]} and len(found) == 6
     for proof in read_artifact(large)["evidence"]:
         file = large / proof["file"]
         assert files.is_the_one(proof, file)

@@ -299,6 +299,8 @@ def test_a_variant_or_model_that_is_not_there_is_named(recipe, tmp_path, exporte
         pack.pack_model(one, Pack(), other)
     with pytest.raises(UserError, match=r"pack.models names gpt2\nNeeded: exported models: bert"):
         pack.run(one.model_copy(update={"pack": Pack(models=("gpt2",))}))
+    with pytest.raises(ValueError, match="variant bf16 runs on a GPU: set device: gpu"):
+        Pack(variant="bf16")
     with pytest.raises(ValueError, match="set device: gpu"):
         Pack(backend="tensorrt")
 

@@ -139,7 +139,7 @@ def test_each_graph_is_audited_on_what_a_call_gives_it(exported_pair, trained_pa
     arrays = speed_arrays(pieces, spec, [Cell(3, 8, "real")], seed=0)
     inputs = {name.removeprefix("cell0|"): value for name, value in arrays.items()}
     assert set(inputs) == {"input_ids", "attention_mask"} and (inputs["attention_mask"].sum(axis=1) <= 8).all()
-    job = Job(str(folder), "onnx_int8", 1, 0, None, Settings(1, 0.01, 3, 0.1), "", "", True, 0, 0, asdict(spec))
+    job = Job(str(folder), "onnx_int8", 1, 0, None, Settings(1, 0.01, 3, 0.1), "", "", True, 0, 0, False, asdict(spec))
     assert IoSpec.of_record(json.loads(json.dumps(job.pair))) == spec
     (encoder, given), (decoder, step) = graphs_of(job, runner, inputs)
     assert (encoder.name, decoder.name) == ("encoder_model_quantized.onnx", "decoder_with_past_model_quantized.onnx")

@@ -249,6 +249,9 @@ def test_a_recorded_engine_and_a_recorded_compiled_model_are_asked_for_by_one_ke
     spec = read_spec(model_folder("bert"))
     subject = bench.Subject("m", tmp_path, tmp_path, spec, tmp_path / "none.npz", 0, 0)
     job = bench.job_of(subject, "tensorrt_fp32", settings, 1)
+    assert job.prompts == len(bench.prompts_of(settings, spec))
+    pair = replace(subject, spec=replace(spec, encoder=spec, cache=read_spec(model_folder("gpt2")).cache))
+    assert bench.prompts_of(settings, pair.spec) and bench.job_of(pair, "tensorrt_fp32", settings, 1).prompts == 0
     seen = []
     monkeypatch.setattr(rebuild, "open_fitting", lambda *given: seen.append(given) or SimpleNamespace(run=len))
     bench_worker.open_cold(job, {})

@@ -14,6 +14,7 @@ from export.bisect import first_departure, first_module
 from export.cases import full_rows
 from export.dynamic import quantize
 from export.io_spec import read_spec
+from export.probe import Probe
 from export.to_onnx import export_graph, load_model
 from tests.export.conftest import GATES
 from tests.export.test_parity import ignore_mask
@@ -45,7 +46,7 @@ def scale_weight(path, target, part, factor=1.01):
 def test_the_node_that_reads_a_changed_weight_is_named(bert, part, tmp_path):
     raw, inputs = bert
     readers = scale_weight(raw, tmp_path / "faulty.onnx", part)
-    found = first_departure(raw, tmp_path / "faulty.onnx", inputs, 1e-5, 1)
+    found = first_departure(Probe(raw, 1), Probe(tmp_path / "faulty.onnx", 1), inputs, 1e-5)
     assert found is not None and found.node in readers
     assert found.inputs_relative_rms <= 1e-5 < found.relative_rms
     if "layer" in part:
@@ -54,10 +55,10 @@ def test_the_node_that_reads_a_changed_weight_is_named(bert, part, tmp_path):
 
 def test_honest_forms_do_not_depart(bert, tmp_path):
     raw, inputs = bert
-    assert first_departure(raw, raw, inputs, 1e-7, 1) is None
+    assert first_departure(Probe(raw, 1), Probe(raw, 1), inputs, 1e-7) is None
     quantize(raw, tmp_path / "int8.onnx")
-    assert first_departure(raw, tmp_path / "int8.onnx", inputs, 0.3, 1) is None
-    found = first_departure(raw, tmp_path / "int8.onnx", inputs, 1e-4, 1)
+    assert first_departure(Probe(raw, 1), Probe(tmp_path / "int8.onnx", 1), inputs, 0.3) is None
+    found = first_departure(Probe(raw, 1), Probe(tmp_path / "int8.onnx", 1), inputs, 1e-4)
     assert found is not None and found.relative_rms > 1e-4  # the first product that was quantized
 
 
@@ -66,7 +67,7 @@ def test_a_fault_in_a_quantized_form_is_named(bert, tmp_path):
     raw, inputs = bert
     readers = scale_weight(raw, tmp_path / "faulty.onnx", "layer.1.output.LayerNorm.weight", factor=3.0)
     quantize(tmp_path / "faulty.onnx", tmp_path / "int8.onnx")
-    found = first_departure(raw, tmp_path / "int8.onnx", inputs, 0.3, 1)
+    found = first_departure(Probe(raw, 1), Probe(tmp_path / "int8.onnx", 1), inputs, 0.3)
     assert found is not None and found.node in readers
 
 
@@ -76,7 +77,7 @@ def test_an_overflow_is_a_departure(bert, tmp_path):
     raw, inputs = bert
     plant_overflow(raw, tmp_path / "planted.onnx")
     lower(tmp_path / "planted.onnx", tmp_path / "low.onnx", "fp16", set())
-    found = first_departure(tmp_path / "planted.onnx", tmp_path / "low.onnx", inputs, 0.1, 1)
+    found = first_departure(Probe(tmp_path / "planted.onnx", 1), Probe(tmp_path / "low.onnx", 1), inputs, 0.1)
     assert found is not None and found.node == "planted_huge" and not found.relative_rms <= 1.0
 
 
@@ -86,9 +87,9 @@ def test_the_module_whose_graph_is_wrong_is_named(bert, model_folder, tmp_path):
     folder = model_folder("bert")
     spec = read_spec(folder)
     model, faulty = load_model(folder, spec), tmp_path / "faulty.onnx"
-    assert first_module(model, spec, raw, inputs, 1e-5, 1) is None
+    assert first_module(model, spec, Probe(raw, 1), inputs, 1e-5) is None
     scale_weight(raw, faulty, "layer.1.output.LayerNorm.weight")
-    found = first_module(model, spec, faulty, inputs, 1e-5, 1)
+    found = first_module(model, spec, Probe(faulty, 1), inputs, 1e-5)
     assert found is not None and (found.module, found.kind) == (
         "model.bert.encoder.layer.1.output.LayerNorm",
         "LayerNorm",
@@ -97,7 +98,7 @@ def test_the_module_whose_graph_is_wrong_is_named(bert, model_folder, tmp_path):
     softmax = next(node for node in graph.graph.node if node.op_type == "Softmax")
     softmax.attribute[0].i = 2  # of the rows of scores instead of their columns
     onnx.save(graph, faulty)
-    found = first_module(model, spec, faulty, inputs, 1e-5, 1)
+    found = first_module(model, spec, Probe(faulty, 1), inputs, 1e-5)
     assert (
         found is not None and found.module == "model.bert.encoder.layer.0.attention.self" and found.relative_rms > 0.01
     )
