@@ -285,7 +285,7 @@ def test_a_start_while_others_had_the_cpu_has_no_time(queued_s, told, raw_graph,
     monkeypatch.setattr(bench_worker, "scheduled_s", lambda process: next(scheduled))
     settings = Settings(threads=1, window_s=0.01, max_windows=3, stability=0.1)
     job = bench_worker.Job(str(raw_graph("bert").parent), "onnx_fp32", 1, 0, None, settings, "", "CPUExecutionProvider",
-                           audited=False, prompts=0, new_tokens=0)  # fmt: skip
+                           audited=False, prompts=0, new_tokens=0, cuda_graphs=False)  # fmt: skip
     inputs = read_spec(model_folder("bert")).pad([np.arange(5, 12)], 7)
     runner, cold_start_s = bench_worker.open_cold(job, inputs)
     assert runner.run(inputs)["logits"].shape[:2] == (1, 7)
