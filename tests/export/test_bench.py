@@ -1,6 +1,7 @@
 """The bench stage: only verified files get figures, every backend sees the same inputs, quality is computed right."""
 
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -28,6 +29,7 @@ from export.runners import open_onnx, open_torch
 from export.scores import score
 from export.windows import Measurement, Settings, SystemClock, Window
 from tests.export.conftest import build_tokenizer
+from trainer import environment
 from trainer.artifact import content_hash, hash_file, read_artifact, write_json
 from trainer.config import Recipe
 from trainer.errors import GateFailed, UserError
@@ -191,6 +193,19 @@ def test_bf16_is_not_measured_where_nothing_runs_it(exported, model_folder):
     """Its export can be had, as the gates round in fp32; a speed cannot."""
     with pytest.raises(UserError, match=r"bf16.onnx does not open on CPUExecutionProvider: .*Add"):
         stage.run(make_recipe(exported, model_folder("bert"), backends=["onnx_bf16"]))
+
+
+def test_a_gpus_report_names_card_and_driver(monkeypatch, tmp_path):
+    """As NVIDIA's tool does, for which a script stands in here; the CPU's names none."""
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text('#!/bin/sh\ncase "$1" in *driver*) echo 570.86.10;; *) echo "NVIDIA H200, 143771 MiB";; esac\n')
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    environment.nvidia_smi.cache_clear()
+    found = stage.describe_machine(1, "CUDAExecutionProvider")
+    environment.nvidia_smi.cache_clear()
+    assert (found["gpus"], found["driver"]) == (["NVIDIA H200, 143771 MiB"], "570.86.10")
+    assert not {"gpus", "driver"} & set(stage.describe_machine(1))
 
 
 def test_without_a_stable_row_there_is_no_noise(monkeypatch, tmp_path):
